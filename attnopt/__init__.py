@@ -1,0 +1,31 @@
+"""attnopt: a compiler for attention. Importing this imports nothing heavy; the functions below load on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnopt.api import convert, inspect, list_passes, run_pipeline, verify
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "convert": "attnopt.api",
+    "inspect": "attnopt.api",
+    "list_passes": "attnopt.api",
+    "run_pipeline": "attnopt.api",
+    "verify": "attnopt.api",
+}
+
+__all__ = ["__version__", "convert", "inspect", "list_passes", "run_pipeline", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'attnopt' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
