@@ -1,0 +1,132 @@
+"""Configuration of the `attnopt` model class: a source architecture whose attention layers were rewritten.
+
+Self-contained on purpose: this file is copied into every emitted directory, for users of `trust_remote_code`, and
+therefore imports nothing of attnopt and no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+# What the tensors of a layer mean. Written into every config and compared at load: a runtime that knows another
+# convention must refuse, never guess.
+SEMANTICS: dict[str, Any] = {
+    "version": 1,
+    "latent_norm": "none",
+    "rope_layout": "interleaved",
+    "kv_a_rows": ["latent", "rotary_key"],
+    "kv_b_rows": "per head: nope, value",
+    "q_rows": "per head: nope, rope",
+    "cache": ["latent", "rotary_key"],
+}
+
+# Architectures whose decoder layer hands `position_ids` to `self_attn` and whose head is a plain linear map: what the
+# class relies on. Each one has a test.
+BACKBONES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+_LAYER_FIELDS = {
+    "heads": int,
+    "d_nope": int,
+    "d_rope": int,
+    "d_v": int,
+    "kv_lora_rank": int,
+    "rope_table": int,
+    "scale": float,
+    "encoder": str,
+    "q_bias": bool,
+    "kv_a_bias": bool,
+    "o_bias": bool,
+}
+_NORMED_FIELDS = {"kv_heads": int, "d_qk": int, "d_kv_value": int, "norm_eps": float, "kv_bias": bool}
+
+
+class AttnoptConfig(PretrainedConfig):
+    """Source configuration plus one record per layer.
+
+    Args:
+        text_config: configuration of the source architecture (a dict with `model_type`, or a config object).
+        layers: per layer None (the source's own attention) or a record with the fields
+            heads, d_nope, d_rope, d_v, kv_lora_rank: sizes; kv_lora_rank counts the constant lane if there is one;
+            rope_table: index into `rope_tables`; scale: factor on q.k before the softmax;
+            encoder: "hidden" (kv_a reads the attention input) or "normed_kv" (kv_a reads cat(k_norm(k), v), and the
+            query is q_map applied per head to q_norm(q)); q_bias, kv_a_bias, o_bias: which projections have a bias;
+            for "normed_kv" also kv_heads, d_qk, d_kv_value (widths of a source key and value head), norm_eps, kv_bias.
+        rope_tables: inverse frequencies in radians per position, one list per distinct table, one entry per pair.
+        semantics: must equal SEMANTICS.
+
+    Raises:
+        ValueError: an unknown or missing field, an unknown architecture, or sizes that do not fit together.
+    """
+
+    model_type = "attnopt"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        layers: list[dict[str, Any] | None] | None = None,
+        rope_tables: list[list[float]] | None = None,
+        semantics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if text_config is None:
+            # transformers builds a default config to find what differs from it when saving; a one-layer Llama will do.
+            text_config = {"model_type": "llama", "num_hidden_layers": 1}
+        if isinstance(text_config, dict):
+            options = {key: value for key, value in text_config.items() if key != "model_type"}
+            text_config = AutoConfig.for_model(text_config["model_type"], **options)
+        self.text_config = text_config
+        self.layers = layers if layers is not None else [None] * text_config.num_hidden_layers
+        self.rope_tables = rope_tables or []
+        self.semantics = dict(SEMANTICS) if semantics is None else semantics
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Compare every record with what the class can compute. Raises ValueError naming the layer and field."""
+        if self.semantics != SEMANTICS:
+            odd = [key for key in {*self.semantics, *SEMANTICS} if self.semantics.get(key) != SEMANTICS.get(key)]
+            raise ValueError(f"attnopt config: semantics {sorted(odd)} are not those of this class (version 1)")
+        if self.text_config.model_type not in BACKBONES:
+            known = ", ".join(BACKBONES)
+            raise ValueError(f"attnopt config: architecture {self.text_config.model_type!r} is not one of {known}")
+        if len(self.layers) != self.text_config.num_hidden_layers:
+            raise ValueError(
+                f"attnopt config: {len(self.layers)} layer records for {self.text_config.num_hidden_layers} layers"
+            )
+        for index, layer in enumerate(self.layers):
+            if layer is not None:
+                self._check_layer(f"attnopt config: layer {index}", layer)
+
+    def _check_layer(self, where: str, layer: dict[str, Any]) -> None:
+        if layer.get("encoder") not in ("hidden", "normed_kv"):
+            raise ValueError(f"{where}: encoder {layer.get('encoder')!r} is neither 'hidden' nor 'normed_kv'")
+        fields = _LAYER_FIELDS | (_NORMED_FIELDS if layer["encoder"] == "normed_kv" else {})
+        unknown, missing = sorted(set(layer) - set(fields)), sorted(set(fields) - set(layer))
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+        for name, kind in fields.items():
+            value = layer[name]
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ValueError(f"{where}: {name} = {value!r} is not of type {kind.__name__}")
+        for name in ("heads", "d_v", "kv_lora_rank", *(_NORMED_FIELDS.keys() & {"kv_heads", "d_qk"} & layer.keys())):
+            if layer[name] <= 0:
+                raise ValueError(f"{where}: {name} = {layer[name]} is not positive")
+        if layer["d_nope"] < 0 or layer["d_rope"] < 0 or layer["d_nope"] + layer["d_rope"] == 0:
+            raise ValueError(f"{where}: query width {layer['d_nope']} + {layer['d_rope']} is not positive")
+        if not 0 <= layer["rope_table"] < len(self.rope_tables):
+            raise ValueError(f"{where}: rope_table {layer['rope_table']} of {len(self.rope_tables)} tables")
+        pairs = len(self.rope_tables[layer["rope_table"]])
+        if 2 * pairs != layer["d_rope"]:
+            raise ValueError(f"{where}: d_rope = {layer['d_rope']} but its table has {pairs} pairs")
+        if not (math.isfinite(layer["scale"]) and layer["scale"] > 0):
+            raise ValueError(f"{where}: scale = {layer['scale']}")
+
+
+__all__ = ["AttnoptConfig"]

@@ -1,0 +1,263 @@
+"""The `attnopt` model class: a source architecture with Multi-head Latent Attention (MLA) in some or all layers.
+
+Self-contained on purpose: this file is copied into every emitted directory, for users of `trust_remote_code`, and
+therefore imports nothing of attnopt. MLA is DeepSeek-V2's (arXiv 2405.04434, section 2.1), without the norm on the
+latent and with one rotary table per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_attnopt import AttnoptConfig
+
+
+class HeadNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Qwen3's q_norm and k_norm)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class HeadMap(nn.Module):
+    """One matrix per head: [..., heads, n] to [..., heads, m] with a weight of shape [heads, m, n]."""
+
+    def __init__(self, heads: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, rows, columns))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bshn,hmn->bshm", x, self.weight)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the interleaved pairs (0, 1), (2, 3), ... of x [..., d] by the angles of cos and sin [..., d/2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head Latent Attention: per token one latent [r] and one rotary key [d_rope] are cached, nothing else.
+
+    While a prompt is read for the first time, keys and values of that prompt are expanded (less arithmetic). As soon as
+    there is a past, the query is taken into the latent space instead ("absorbed"): scores are
+    (W_uk^T q_nope) . latent + q_rope . key, and the value map is applied to the attended latent. So the cache is never
+    expanded, and no tensor of size cached tokens x heads x head width exists.
+
+    Args:
+        width: hidden size.
+        layer_idx: index of the layer in the cache.
+        spec: the layer's record, see AttnoptConfig.
+        table: inverse frequencies of the layer's rotary pairs.
+    """
+
+    def __init__(self, width: int, layer_idx: int, spec: dict[str, Any], table: list[float]) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.rank = spec["heads"], spec["kv_lora_rank"]
+        self.d_nope, self.d_rope, self.d_v = spec["d_nope"], spec["d_rope"], spec["d_v"]
+        self.scale = spec["scale"]
+        # Not a buffer: a cast of the model to bfloat16 would round the angles, and loading would have to restore it.
+        self.inv_freq = tuple(table)
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self.normed = spec["encoder"] == "normed_kv"
+        d_q = self.d_nope + self.d_rope
+        if self.normed:
+            groups, d_qk, d_kv_value = spec["kv_heads"], spec["d_qk"], spec["d_kv_value"]
+            self.groups, self.d_qk = groups, d_qk
+            self.q_proj = nn.Linear(width, self.heads * d_qk, bias=spec["q_bias"])
+            self.k_proj = nn.Linear(width, groups * d_qk, bias=spec["kv_bias"])
+            self.v_proj = nn.Linear(width, groups * d_kv_value, bias=spec["kv_bias"])
+            self.q_norm, self.k_norm = HeadNorm(d_qk, spec["norm_eps"]), HeadNorm(d_qk, spec["norm_eps"])
+            self.q_map = HeadMap(self.heads, d_q, d_qk)
+            encoded = groups * (d_qk + d_kv_value)
+        else:
+            self.q_proj = nn.Linear(width, self.heads * d_q, bias=spec["q_bias"])
+            encoded = width
+        self.kv_a_proj = nn.Linear(encoded, self.rank + self.d_rope, bias=spec["kv_a_bias"])
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.d_nope + self.d_v), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.d_v, width, bias=spec["o_bias"])
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, S, heads, d_nope + d_rope] and [latent | unrotated key] [B, S, rank + d_rope] of x [B, S, D]."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        if not self.normed:
+            return q, self.kv_a_proj(x)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.d_qk))).flatten(-2)
+        return self.q_map(self.q_norm(q)), self.kv_a_proj(torch.cat((k, self.v_proj(x)), dim=-1))
+
+    def angles(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, S, d_rope / 2] at position_ids [B, S], computed in float32."""
+        device = position_ids.device
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.inv_freq, dtype=torch.float32, device=device)
+        phase = position_ids[..., None].float() * self._on_device[device]
+        return phase.cos().to(dtype), phase.sin().to(dtype)
+
+    def expanded(
+        self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of a prompt over itself; shapes as `absorbed`."""
+        rows = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        nope, value = rows.split((self.d_nope, self.d_v), dim=-1)
+        keys = torch.cat((nope, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, keys, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+
+    def absorbed(
+        self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention over the cache as it is stored.
+
+        Args:
+            q: [B, H, S, d_nope + d_rope], rotated.
+            latent, key: [B, T, rank] and [B, T, d_rope], rotated; the last S of the T tokens are the queries' own.
+            mask: additive [B|1, 1, S, T], or None for causal.
+
+        Returns:
+            [B, H, S, d_v].
+        """
+        heads, steps = q.shape[1:3]
+        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.rank).split((self.d_nope, self.d_v), dim=1)
+        # Heads and steps become rows of one matrix per sequence: a broadcast matmul would copy the cache once a head.
+        q_latent = torch.einsum("bhsn,hnr->bhsr", q[..., : self.d_nope], w_uk).flatten(1, 2)
+        q_rope = q[..., self.d_nope :].flatten(1, 2)
+        scores = (q_latent @ latent.mT + q_rope @ key.mT).unflatten(1, (heads, steps)) * self.scale
+        if mask is None and steps > 1:
+            seen = torch.ones(steps, latent.shape[1], dtype=torch.bool, device=q.device)
+            mask = _additive(seen.tril(latent.shape[1] - steps), q.dtype)
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        attended = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, steps))
+        return torch.einsum("bhsr,hvr->bhsv", attended, w_uv)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The interface of a transformers decoder layer's `self_attn`; attention maps are never returned."""
+        q, compressed = self.project(hidden_states)
+        cos, sin = self.angles(position_ids, q.dtype)
+        q_nope, q_rope = q.split((self.d_nope, self.d_rope), dim=-1)
+        q = torch.cat((q_nope, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))), dim=-1).transpose(1, 2)
+        latent, key = compressed.split((self.rank, self.d_rope), dim=-1)
+        key = rotate(key, cos, sin)
+        fresh = past_key_values is None
+        if past_key_values is not None:
+            fresh = past_key_values.get_seq_length(self.layer_idx) == 0
+            # Both are stored as one head, which is what every transformers cache layer expects.
+            stored = past_key_values.update(latent.unsqueeze(1), key.unsqueeze(1), self.layer_idx)
+            # A cache of fixed size returns empty slots too: those are masked, and absorbed as they are.
+            fresh = fresh and stored[0].shape[-2] == latent.shape[1]
+            latent, key = stored[0].squeeze(1), stored[1].squeeze(1)
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., : latent.shape[1]]
+            if attention_mask.dtype == torch.bool:
+                attention_mask = _additive(attention_mask, q.dtype)
+        attend = self.expanded if fresh and q.shape[2] > 1 else self.absorbed
+        out = attend(q, latent, key, attention_mask)
+        return self.o_proj(out.transpose(1, 2).flatten(-2)), None
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a key is seen, the lowest finite number elsewhere (a row that sees nothing stays finite)."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, lowest)
+
+
+class AttnoptPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = AttnoptConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HeadNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, HeadMap):
+            init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.weight.shape[-1]))
+
+
+class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
+    """Causal language model; tensor names are the source architecture's, except inside rewritten layers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: AttnoptConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.model = AutoModel.from_config(text)
+        for index, spec in enumerate(config.layers):
+            if spec is not None:
+                table = config.rope_tables[spec["rope_table"]]
+                self.model.layers[index].self_attn = LatentAttention(text.hidden_size, index, spec, table)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=getattr(text, "lm_head_bias", False))
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a tensor that is missing, left over or of a wrong shape is an error, not a warning."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(problem):
+                raise ValueError(f"attnopt model: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}")
+        return (model, info) if output_loading_info else model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, vocab] (or of the last `logits_to_keep` positions), the cache, and the loss for `labels`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+__all__ = ["AttnoptConfig", "AttnoptForCausalLM"]
