@@ -54,7 +54,7 @@ EXTRA: dict[str, dict] = {
 
 
 def tiny(model_type: str, seed: int = 0, **options: object) -> PreTrainedModel:
-    """A random causal model whose weights are large enough for attention to matter; norms and biases are not trivial."""
+    """A random causal model whose attention, norms and biases all matter."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**SIZES, **EXTRA[model_type], **options})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -110,7 +110,7 @@ def program_of(model: PreTrainedModel, **options: object) -> Program:
     return Program(graph, store, made.sites, made.config, model.config.model_type, ("input_ids",), ("logits",))
 
 
-def _projections(fqn: str, own: dict, heads: int, groups: int, d: int) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+def _projections(fqn: str, own: dict, heads: int, groups: int, d: int) -> dict[str, tuple]:
     """q, k, v as (weight, bias), fused or not."""
     if f"{fqn}.qkv_proj.weight" in own:
         parts = own[f"{fqn}.qkv_proj.weight"].split((heads * d, groups * d, groups * d))
@@ -149,8 +149,9 @@ def _layer(
     new: dict[str, torch.Tensor] = {"kv_b_proj.weight": kv_b.flatten(0, 1)}
     new |= {name.removeprefix(fqn + "."): t for name, t in own.items() if ".o_proj." in name}
     if normed:
-        encoder = torch.cat([torch.cat([torch.zeros(groups * d, groups * d), select_v], 1), torch.zeros(1, 2 * groups * d)])
-        encoder = torch.cat([encoder, torch.cat([select_k, torch.zeros_like(select_k)], 1)])
+        nothing = torch.zeros(groups * d, groups * d)
+        latent_rows, rope_rows = torch.cat([nothing, select_v], 1), torch.cat([select_k, nothing], 1)
+        encoder = torch.cat([latent_rows, torch.zeros(1, 2 * groups * d), rope_rows])
         offset = torch.cat([-mean, torch.ones(1), torch.zeros(d_rope)])
         new |= {n.removeprefix(fqn + "."): t for n, t in own.items() if any(p in n for p in ("q_", "k_", "v_"))}
         new["q_map.weight"] = q_map
@@ -165,7 +166,8 @@ def _layer(
 
     def projection(name: str) -> Projection:
         out, width = new[f"{name}.weight"].shape
-        return Projection(f"{fqn}.{name}.weight", f"{fqn}.{name}.bias" if f"{name}.bias" in new else None, ((0, out),), width)
+        stored = f"{fqn}.{name}.bias" if f"{name}.bias" in new else None
+        return Projection(f"{fqn}.{name}.weight", stored, ((0, out),), width)
 
     latent = LatentSpec(
         kv_lora_rank=rank,

@@ -32,6 +32,20 @@ TARGET = "deepseek_v3"
 _MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 # Plain pre-norm blocks: RMSNorm, attention, residual, RMSNorm, gated MLP, residual; no multipliers, no extra norms.
 _PLAIN = ("llama", "mistral", "qwen2", "phi3")
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 # One expert that no layer uses: the class wants numbers here even when every layer is dense.
 _UNUSED_EXPERTS = {
     "n_routed_experts": 1,
@@ -114,12 +128,15 @@ def _obstacles(program: Program) -> Iterator[str]:
             return
     if not sites:
         return
-    for what, sizes in {
-        "latent ranks": {s.latent.kv_lora_rank for s in sites if s.latent},
-        "query widths": {(s.latent.d_nope, s.latent.d_rope) for s in sites if s.latent},
-        "value widths": {s.d_v for s in sites},
-        "numbers of heads": {s.heads for s in sites},
-    }.items():
+    latents = [_latent_of(site) for site in sites]
+    widths = {
+        "latent ranks": {latent.kv_lora_rank for latent in latents},
+        "unrotated query widths": {latent.d_nope for latent in latents},
+        "rotary widths": {latent.d_rope for latent in latents},
+        "value widths": {site.d_v for site in sites},
+        "numbers of heads": {site.heads for site in sites},
+    }
+    for what, sizes in widths.items():
         if len(sizes) > 1:
             yield f"{what} differ between layers ({', '.join(map(str, sorted(sizes)))})"
     tables = {s.rope.inv_freq for s in sites if s.rope}
@@ -161,7 +178,8 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     if refusal:
         raise UnsupportedError(str(refusal), "use --emit attnopt, the model class that comes with attnopt")
     values = _other_values(program)
-    biased = any(site.latent is not None and site.latent.q is not None and site.latent.q.bias for site in program.site_list)
+    queries = [_latent_of(site).q for site in program.site_list]
+    biased = any(query.bias is not None for query in queries if query)
     shortfall = 0.0
     for site in program.site_list:
         tensors, worst = _layer(program, site, dtype, biased)
@@ -234,9 +252,7 @@ def _latent_lane(program: Program, site: AttentionSite, dtype: torch.dtype) -> L
     return make_lane(channels, bound, dtype, typical)
 
 
-def _layer(
-    program: Program, site: AttentionSite, dtype: torch.dtype, biased: bool
-) -> tuple[dict[str, Value], float]:
+def _layer(program: Program, site: AttentionSite, dtype: torch.dtype, biased: bool) -> tuple[dict[str, Value], float]:
     """Tensors of one attention layer by their names below `self_attn.`, and the worst relative shrink by a norm."""
     store, latent, rope = program.weights, _latent_of(site), site.rope
     rank, d_q = latent.kv_lora_rank, latent.d_nope + latent.d_rope
@@ -309,13 +325,10 @@ def _config(program: Program, dtype: torch.dtype, biased: bool) -> tuple[Any, st
     found = stock_rope(site.rope.inv_freq if site.rope else (), source, _context(source))
     if found is None:
         raise UnsupportedError("no rope table of the stock class is this one", "use --emit attnopt")
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-    kept += ("rms_norm_eps", "hidden_act", "initializer_range", "tie_word_embeddings")
-    kept += ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields = {name: source[name] for name in kept if name in source}
+    fields: dict[str, Any] = {name: source[name] for name in _KEPT if name in source}
+    fields |= _UNUSED_EXPERTS
     config = DeepseekV3Config(
         **fields,
-        **_UNUSED_EXPERTS,
         num_attention_heads=site.heads,
         num_key_value_heads=site.heads,
         q_lora_rank=source["hidden_size"] + 1 if biased else None,

@@ -89,14 +89,14 @@ def typed(values: Mapping[str, Value], dtype: torch.dtype) -> dict[str, Value]:
 
 
 def outside_attention(program: Program) -> dict[str, Value]:
-    """Weights that belong to no attention layer, under their source names, without rotary tables and other constants."""
+    """Weights outside the attention layers, under their source names, without rotary tables and other constants."""
     inside = tuple(f"{fqn}." for fqn in program.sites)
     found = {}
     for name in program.weight_names:
         bare = name.removeprefix("attnopt.")
-        if bare.startswith(inside) or bare.endswith("inv_freq") or not program.weights.meta(name).dtype.is_floating_point:
-            continue
-        found[name] = program.weights[name]
+        constant = bare.endswith("inv_freq") or not program.weights.meta(name).dtype.is_floating_point
+        if not constant and not bare.startswith(inside):
+            found[name] = program.weights[name]
     return found
 
 
@@ -113,10 +113,11 @@ def check_complete(emission: Emission, expected: Mapping[str, torch.Tensor], tie
     """
     problems = [f"no tensor {name}" for name in expected if name not in emission.values and name not in tied]
     for name, value in emission.values.items():
-        shape = meta_of(value).shape
         if name not in expected:
             problems.append(f"tensor {name} has no place in {emission.architecture}")
-        elif shape != tuple(expected[name].shape):
-            problems.append(f"tensor {name} is {list(shape)} but {emission.architecture} wants {list(expected[name].shape)}")
+            continue
+        shape, wanted = meta_of(value).shape, tuple(expected[name].shape)
+        if shape != wanted:
+            problems.append(f"tensor {name} is {shape} but {emission.architecture} wants {wanted}")
     if problems:
         raise VerificationError(problems[:10])

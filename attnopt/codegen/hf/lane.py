@@ -5,9 +5,9 @@ The stock class computes RMSNorm(c, B) * w for the latent c [n] with one more ch
     rms = sqrt((|c|^2 + B^2) / (n + 1) + eps)  =  rms_0 * sqrt(1 + |c|^2 / ((n + 1) * rms_0^2)),
     rms_0 = sqrt(B^2 / (n + 1) + eps).
 
-With weight w = 2^k on the n channels the result is c * (w / rms_0), short by at most |c|^2 / (2 B^2) (relative); w / rms_0
-is close to 1 and the next matrix takes it up exactly. The lane itself leaves the norm as a constant and can feed a bias
-through the next matrix. mla-conversion section 5.3.
+With weight w = 2^k on the n channels the result is c * (w / rms_0), short by at most |c|^2 / (2 B^2) (relative);
+w / rms_0 is close to 1 and the next matrix takes it up exactly. The lane itself leaves the norm as a constant and can
+feed a bias through the next matrix. mla-conversion section 5.3.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def make_lane(channels: int, bound: float, dtype: torch.dtype, typical: float = 
 def largest_norm(matrix: torch.Tensor, offset: torch.Tensor | None, gain: torch.Tensor) -> float:
     """Upper limit of |matrix @ x + offset| over all x that leave an RMSNorm with weight `gain`.
 
-    Such an x is gain * u with |u| <= sqrt(D), so the limit is the largest singular value of matrix * gain times sqrt(D),
-    plus |offset|. Holds for every text, not only for the one that was looked at.
+    Such an x is gain * u with |u| <= sqrt(D), so the limit is the largest singular value of matrix * gain times
+    sqrt(D), plus |offset|. It holds for every text, not only for the one that was looked at.
 
     Args:
         matrix: [n, D]; offset: [n] or None; gain: [D].

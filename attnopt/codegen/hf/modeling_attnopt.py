@@ -191,8 +191,7 @@ class AttnoptPreTrainedModel(PreTrainedModel):
     config_class = AttnoptConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules: list[str] = []
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own spelling)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -205,7 +204,7 @@ class AttnoptPreTrainedModel(PreTrainedModel):
 class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
     """Causal language model; tensor names are the source architecture's, except inside rewritten layers."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own spelling)
 
     def __init__(self, config: AttnoptConfig) -> None:
         super().__init__(config)
@@ -221,7 +220,8 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers', but a tensor that is missing, left over or of a wrong shape is an error, not a warning."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 raise ValueError(f"attnopt model: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}")

@@ -19,7 +19,7 @@ from attnopt.codegen.hf.emission import (
 )
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.program import Program
-from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec
+from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projection
 from attnopt.rewriter.weights import Derived, Value
 
 TARGET = "attnopt"
@@ -125,14 +125,12 @@ def _check(emission: Emission, config: Any) -> None:
     check_complete(emission, declared, {"lm_head.weight"} if config.tie_word_embeddings else set())
 
 
-def _layer(
-    program: Program, site: AttentionSite, latent: LatentSpec
-) -> tuple[dict[str, Value], dict[str, Any]]:
+def _layer(program: Program, site: AttentionSite, latent: LatentSpec) -> tuple[dict[str, Value], dict[str, Any]]:
     """Tensors of one layer by their names below `self_attn.`, and its record (without the table's index)."""
     store = program.weights
     turn = site.rope.attention_scaling if site.rope else 1.0
     d_q = latent.d_nope + latent.d_rope
-    named = {"kv_a_proj": latent.kv_a, "kv_b_proj": latent.kv_b, "o_proj": site.o}
+    named: dict[str, Projection | None] = {"kv_a_proj": latent.kv_a, "kv_b_proj": latent.kv_b, "o_proj": site.o}
     named |= {"q_proj": latent.q} if latent.encoder == "hidden" else {}
     record: dict[str, Any] = {
         "heads": site.heads,

@@ -11,9 +11,7 @@ import torch
 TOLERANCE = 2e-6  # relative, per angle; the class computes its table in float32
 
 
-def stock_rope(
-    table: tuple[float, ...], config: Mapping[str, Any], context: int
-) -> tuple[dict[str, Any], str] | None:
+def stock_rope(table: tuple[float, ...], config: Mapping[str, Any], context: int) -> tuple[dict[str, Any], str] | None:
     """Find parameters under which DeepSeek-V3's own rotary module has the table `table`.
 
     Tried in order: the source's own rule on every c-th frequency (table A) or on the fastest (table B), any other

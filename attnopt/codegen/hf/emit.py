@@ -1,0 +1,145 @@
+"""Writes a Program as a Hugging Face directory: picks the class, streams the weights, copies what goes with them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from attnopt.artifact import Staging, outgoing, write_checkpoint, write_json
+from attnopt.codegen.hf import deepseek_v3, own_class
+from attnopt.codegen.hf.emission import Emission, Refusal
+from attnopt.errors import OptionError, UnsupportedError
+from attnopt.progress import Reporter, Silent, bar
+from attnopt.rewriter.program import Program
+from attnopt.rewriter.safe_tensors import Outgoing
+from attnopt.staging import writing
+
+TARGETS = ("auto", deepseek_v3.TARGET, own_class.TARGET)
+
+
+class SideFiles(Protocol):
+    """What emission needs of the source: its tokenizer, chat template and generation config (see ModelSource)."""
+
+    def copy_side_files(self, destination: Path) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class EmittedAs:
+    """What was written.
+
+    Attributes:
+        target: "deepseek_v3" or "attnopt".
+        architecture: class that loads it.
+        cached_numbers_per_token: what that class keeps per token, all layers.
+        parameters: numbers in the checkpoint.
+        files: names of the files written, weights first.
+        notes: facts worth telling (rope table, error bound of the constant lane).
+        refused: why `auto` did not take the stock class, or None.
+    """
+
+    target: str
+    architecture: str
+    cached_numbers_per_token: int
+    parameters: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+    refused: Refusal | None = None
+
+
+def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = None) -> tuple[Emission, Refusal | None]:
+    """Decide on the class and map the Program to it, without reading more than the latent encoders.
+
+    `auto` takes the stock class whenever it holds the result within 1e-3 (see `lane`), otherwise ours.
+
+    Args:
+        program: a Program with at least one "mla" site.
+        emit: "auto", "deepseek_v3" or "attnopt".
+        dtype: type of the tensors written; None for the source's.
+
+    Returns:
+        The emission, and why `auto` did not take the stock class (None if it did or was not asked).
+
+    Raises:
+        OptionError: an unknown `emit`.
+        UnsupportedError: the class asked for, or every class, cannot hold the Program; the message says why.
+    """
+    if emit not in TARGETS:
+        raise OptionError(f"unknown target {emit!r}", f"use one of {', '.join(TARGETS)}")
+    if emit == deepseek_v3.TARGET:
+        return deepseek_v3.build(program, dtype), None
+    if emit == own_class.TARGET:
+        return own_class.build(program, dtype), None
+    stock = deepseek_v3.can_emit(program, dtype)
+    if stock is None:
+        return deepseek_v3.build(program, dtype), None
+    own = own_class.can_emit(program)
+    if own is not None:
+        raise UnsupportedError(f"{stock}. {own}", "only converted models of a listed architecture can be written")
+    return own_class.build(program, dtype), stock
+
+
+def emit(
+    program: Program,
+    source: SideFiles,
+    staging: Staging,
+    emit: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    reporter: Reporter | None = None,
+) -> EmittedAs:
+    """Write a Program into the staging directory: config, weights (one tensor in memory at a time), side files, and
+    for our own class its code. Manifest and model card are the caller's (`artifact.Manifest`).
+
+    Args:
+        program, emit, dtype: see `choose`.
+        source: where tokenizer, chat template and generation config come from.
+        staging: an open staging directory; files go into `staging.path`.
+        reporter: told of progress in tensors.
+
+    Raises:
+        OptionError, UnsupportedError: see `choose`.
+        AttnoptError: a file cannot be written.
+    """
+    emission, refused = choose(program, emit, dtype)
+    return replace(write(emission, source, staging.path, reporter), refused=refused)
+
+
+def write(emission: Emission, source: SideFiles, directory: Path, reporter: Reporter | None = None) -> EmittedAs:
+    """Write an emission into an existing directory."""
+    reporter = reporter or Silent()
+    tensors = outgoing(emission.store)
+    with bar(reporter, "writing", len(tensors), "tensors") as handle:
+        names = write_checkpoint(directory, _counted(tensors, reporter, handle))
+    write_json(directory / "config.json", emission.config)
+    with writing(directory):
+        side = source.copy_side_files(directory)
+        code = own_class.FILES if emission.target == own_class.TARGET else ()
+        for name in code:
+            shutil.copyfile(Path(__file__).with_name(name), directory / name)
+    return EmittedAs(
+        target=emission.target,
+        architecture=emission.architecture,
+        cached_numbers_per_token=emission.cached_numbers_per_token,
+        parameters=emission.parameters,
+        files=(*names, "config.json", *side, *code),
+        notes=emission.notes,
+    )
+
+
+def _counted(tensors: Sequence[Outgoing], reporter: Reporter, handle: int) -> list[Outgoing]:
+    """The same tensors, each telling the reporter when it is loaded."""
+
+    def telling(tensor: Outgoing) -> Outgoing:
+        def load() -> torch.Tensor:
+            value = tensor.load()
+            reporter.advance(handle)
+            return value
+
+        return replace(tensor, load=load)
+
+    return [telling(tensor) for tensor in tensors]
