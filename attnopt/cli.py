@@ -1,0 +1,321 @@
+"""The command line: parse, call `api`, render. No logic.
+
+Exit codes: 0 done, 1 the user can fix it, 2 a bug in attnopt, 3 finished but a quality gate that was asked for is
+missed. Results go to stdout, talk and progress to stderr.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import attnopt
+from attnopt.session import Session, report_failure
+
+app = typer.Typer(
+    name="attnopt",
+    help="A compiler for attention: finds, measures and rewrites the attention layers of a trained model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # its boxes cost 0.2 s of imports
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Recover(StrEnum):
+    """What is done after the closed form."""
+
+    none = "none"
+    refit = "refit"
+
+
+class Emit(StrEnum):
+    """The class the result is written for."""
+
+    auto = "auto"
+    deepseek_v3 = "deepseek_v3"
+    attnopt = "attnopt"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result, warnings and errors")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="say more; show tracebacks")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that the model directory brings")]
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="directory to write")]
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calib",
+        metavar="self|FILE",
+        help="text file to calibrate on, may be repeated; 'self' lets the model write the text",
+        show_default="self",
+    ),
+]
+CalibTokens = Annotated[int, typer.Option("--calib-tokens", help="how much calibration text, in tokens")]
+Context = Annotated[int, typer.Option("--context", help="length of a calibration window")]
+Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:N]")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="type of the written weights: auto (the source's), float32, bfloat16, ..."),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option("--memory-budget", metavar="GB", help="refuse what would need more memory"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+CheckEach = Annotated[bool, typer.Option("--check-each", help="compare the logits before and after every pass")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, without reading weights")]
+EmitAs = Annotated[
+    Emit,
+    typer.Option(
+        "--emit",
+        help="write for stock transformers (deepseek_v3), for attnopt's class, or choose",
+    ),
+]
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"attnopt {attnopt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """A compiler for attention: finds, measures and rewrites the attention layers of a trained model."""
+
+
+@app.command(epilog=_example("attnopt inspect ./SmolLM2-135M", "attnopt inspect model.gguf --json"))
+def inspect(
+    model: Model, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, trust_remote_code: Trust = False
+) -> int:
+    """Show a model's attention layers and what they cache. Weights are not read."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        return session.show(api.inspect(model, trust_remote_code=trust_remote_code, reporter=session.reporter))
+
+
+@app.command(
+    epilog=_example(
+        "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 -o ./SmolLM2-135M-mla",
+        "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 --dry-run",
+    )
+)
+def convert(
+    model: Model,
+    to: Annotated[str, typer.Option("--to", metavar="METHOD", help="the method; 'attnopt passes' lists them")],
+    output: Output = None,
+    kv_keep: Annotated[
+        float | None,
+        typer.Option(help="fraction of the cached numbers per token to keep"),
+    ] = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(help="width of the latent, instead of --kv-keep")] = None,
+    qk_rope_head_dim: Annotated[int | None, typer.Option(help="width of the rotary key, with --kv-lora-rank")] = None,
+    recover: Annotated[
+        Recover | None,
+        typer.Option(help="fit each layer to the original after the closed form, or not"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="convert even if the cache grows")] = False,
+    emit: EmitAs = Emit.auto,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 32768,
+    context: Context = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    check_each: CheckEach = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Rewrite a model by a method. The result is a new model directory."""
+    method_options = {
+        "kv-keep": kv_keep,
+        "kv-lora-rank": kv_lora_rank,
+        "qk-rope-head-dim": qk_rope_head_dim,
+        "recover": recover,
+        "force": force or None,
+    }
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        pipeline = api.method_pipeline(to, method_options)
+        result = api.run_pipeline(
+            model,
+            pipeline,
+            output,
+            calibration=api.CalibrationOptions.parse(calib, calib_tokens, context, seed),
+            options=api.RunOptions(
+                emit=emit.value,
+                device=device,
+                dtype=dtype,
+                memory_budget=memory_budget,
+                dry_run=dry_run,
+                resume=resume,
+                overwrite=overwrite,
+                check_each=check_each,
+                trust_remote_code=trust_remote_code,
+            ),
+            reporter=session.reporter,
+        )
+        return session.show(result)
+
+
+@app.command(epilog=_example('attnopt run ./SmolLM2-135M -p "to-mla{kv-keep=0.5}" -o ./SmolLM2-135M-mla'))
+def run(
+    model: Model,
+    pipeline: Annotated[
+        str, typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas")
+    ],
+    output: Output = None,
+    emit: EmitAs = Emit.auto,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 32768,
+    context: Context = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory_budget: Budget = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    check_each: CheckEach = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Run a pipeline of passes on a model. The result is a new model directory."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        result = api.run_pipeline(
+            model,
+            pipeline,
+            output,
+            calibration=api.CalibrationOptions.parse(calib, calib_tokens, context, seed),
+            options=api.RunOptions(
+                emit=emit.value,
+                device=device,
+                dtype=dtype,
+                memory_budget=memory_budget,
+                dry_run=dry_run,
+                resume=resume,
+                overwrite=overwrite,
+                check_each=check_each,
+                trust_remote_code=trust_remote_code,
+            ),
+            reporter=session.reporter,
+        )
+        return session.show(result)
+
+
+@app.command(epilog=_example("attnopt verify ./SmolLM2-135M-mla", "attnopt verify OUT --text wiki.txt --gate 1.1"))
+def verify(
+    output: Annotated[str, typer.Argument(metavar="OUT", help="a directory that attnopt wrote")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the original; by default where OUT was made from")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="held-out text, may be repeated; by default the English text that Python ships (pydoc_data.topics)",
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
+    windows: Annotated[int, typer.Option(help="windows per text")] = 16,
+    wikitext: Annotated[bool, typer.Option("--wikitext", help="undo the marks of WikiText in the texts")] = False,
+    gate: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="exit with 3 if a perplexity ratio is above this")
+    ] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Compare a written model with its original. It is reloaded in a fresh process and judged on held-out text."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        result = api.verify(
+            output,
+            against=against,
+            texts=text or [],
+            window=window,
+            windows=windows,
+            wikitext=wikitext,
+            gate=gate,
+            trust_remote_code=trust_remote_code,
+            reporter=session.reporter,
+        )
+        return session.show(result)
+
+
+@app.command(epilog=_example("attnopt passes"))
+def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> int:
+    """List passes and methods, with their options."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        return session.show(api.list_passes())
+
+
+@app.command(epilog=_example("attnopt demo", "attnopt demo --kv-keep 0.75 -o ./demo --overwrite"))
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write; the demo's own is replaced")
+    ] = Path("attnopt-demo"),
+    kv_keep: Annotated[float, typer.Option(help="fraction of the cached numbers per token to keep")] = 0.5,
+    calib_tokens: Annotated[int, typer.Option("--calib-tokens", help="text sampled from the model, in tokens")] = 16384,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Convert a real model and compare, in minutes. From nothing but packages, to half the cache."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt.demo import run_demo
+
+        return session.show(
+            run_demo(output, kv_keep=kv_keep, calib_tokens=calib_tokens, seed=seed, reporter=session.reporter)
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: what follows the program's name.
+
+    Returns:
+        the exit code.
+    """
+    try:
+        code: Any = app(args=arguments, prog_name="attnopt", standalone_mode=False)
+    except BaseException as error:
+        return report_failure(error, json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments)))
+    return code if isinstance(code, int) else 0

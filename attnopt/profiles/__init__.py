@@ -1,0 +1,1 @@
+"""Calibration text and what is measured on it."""

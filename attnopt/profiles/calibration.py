@@ -1,0 +1,319 @@
+"""Calibration text: windows of token ids from files, or sampled from the model itself.
+
+Every Calibration holds two disjoint pools. `windows` are for statistics, `selection` is for choosing between results
+(rank against rotary width, stopping a fit). Text on which a result is reported belongs to neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor
+
+from attnopt.errors import OptionError, SourceError, UnsupportedError
+from attnopt.progress import Reporter, Silent, bar
+
+if TYPE_CHECKING:
+    from attnopt.rewriter.source import ModelSource
+
+#: Of these many windows, one is kept for selection.
+SELECTION_EVERY = 8
+
+#: No more than this is read of one file: tokenising more takes minutes and the windows are spread over it anyway.
+MAX_FILE_BYTES = 16 << 20
+
+#: Sequences sampled side by side. More read the weights less often, but their caches outgrow the processor's.
+SAMPLING_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows to calibrate with.
+
+    Attributes:
+        windows: [n, context], for statistics.
+        selection: [m, context], disjoint from `windows`, for choosing between results.
+        source: "self", or the file names.
+        sha256: hash of all token ids and of how they are divided.
+        seed: of the sampling.
+    """
+
+    windows: LongTensor
+    selection: LongTensor
+    source: str
+    sha256: str
+    seed: int
+
+    @property
+    def context(self) -> int:
+        """Tokens in a window."""
+        return self.windows.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in both pools."""
+        return self.windows.numel() + self.selection.numel()
+
+
+def divide(ids: Tensor, source: str, seed: int) -> Calibration:
+    """Divide windows [n, context] into the two pools, the selection spread evenly over the text.
+
+    Raises:
+        OptionError: if there are fewer than two windows.
+    """
+    n = ids.shape[0]
+    if n < 2:
+        raise OptionError(
+            f"calibration needs at least two windows of text, one of them to choose by; {n} given",
+            "give more text or tokens (--calib, --calib-tokens) or a shorter --context",
+        )
+    held = max(1, n // SELECTION_EVERY)
+    chosen = torch.tensor(sorted({(2 * i + 1) * n // (2 * held) for i in range(held)}))
+    rest = torch.ones(n, dtype=torch.bool)
+    rest[chosen] = False
+    windows, selection = ids[rest].long().contiguous(), ids[chosen].long().contiguous()
+    digest = hashlib.sha256(repr((tuple(windows.shape), tuple(selection.shape))).encode())
+    for pool in (windows, selection):
+        digest.update(pool.numpy().astype("<i8").tobytes())
+    return Calibration(windows, selection, source, digest.hexdigest(), seed)  # type: ignore[arg-type]
+
+
+def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0) -> Calibration:
+    """Windows of the text in files, spread evenly over each; every file gives as many as it can of an equal share.
+
+    A window starts with what the tokenizer puts before a text (a BOS token, or nothing): the model expects it, and
+    attention sinks sit there.
+
+    Args:
+        tokenizer: the model's.
+        files: plain UTF-8 text.
+        tokens: at most this many in all.
+        context: tokens in a window.
+        seed: recorded only.
+
+    Raises:
+        SourceError: a file is missing, not UTF-8 text, or empty.
+        OptionError: there is too little text for two windows, or `tokens` or `context` make no sense.
+    """
+    _check_sizes(tokens, context)
+    prefix = _text_prefix(tokenizer)
+    body = context - len(prefix)
+    budget = tokens // context
+    streams = [_cut(_token_ids(tokenizer, Path(file)), body) for file in files]
+    parts: list[Tensor] = []
+    # Short files first, so that what they leave of their share goes to the longer ones; the order of text is kept.
+    order = sorted(range(len(streams)), key=lambda i: len(streams[i]))
+    taken: dict[int, Tensor] = {}
+    left = budget
+    for place, index in enumerate(order):
+        stream = streams[index]
+        count = min(len(stream), left // (len(order) - place))
+        taken[index] = stream[[(2 * i + 1) * len(stream) // (2 * count) for i in range(count)]]
+        left -= count
+    parts = [taken[index] for index in range(len(streams))]
+    ids = torch.cat(parts)
+    if prefix:
+        ids = torch.cat([torch.tensor(prefix).expand(len(ids), -1), ids], dim=1)
+    return divide(ids, ", ".join(Path(file).name for file in files), seed)
+
+
+def _check_sizes(tokens: int, context: int) -> None:
+    if context < 8:
+        raise OptionError(f"a context of {context} tokens is too short to calibrate with", "give --context 128 or more")
+    if tokens < 2 * context:
+        raise OptionError(
+            f"{tokens} calibration tokens are less than two windows of {context}",
+            "raise --calib-tokens or lower --context",
+        )
+
+
+def _text_prefix(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before every text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return list(full[:start])
+    return []
+
+
+def _token_ids(tokenizer: Any, file: Path) -> list[int]:
+    try:
+        with file.open("rb") as handle:
+            data = handle.read(MAX_FILE_BYTES)
+            cut = bool(handle.read(1))
+    except OSError as error:
+        raise SourceError(f"cannot read calibration text {file}: {error.strerror}", "check the path") from error
+    try:
+        # A cut may fall inside a character; nothing else may be undecodable.
+        text = data[: _last_whole_character(data)].decode() if cut else data.decode()
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{file} is not UTF-8 text (byte {error.start})", "give plain text; convert it to UTF-8 first"
+        ) from error
+    if not text.strip():
+        raise SourceError(f"calibration text {file} is empty", "give a file with text, or leave out --calib")
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _last_whole_character(data: bytes) -> int:
+    end = len(data)
+    while end and data[end - 1] & 0xC0 == 0x80:
+        end -= 1
+    return max(end - 1, 0)
+
+
+def _cut(ids: list[int], length: int) -> Tensor:
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
+
+
+def self_sampled(
+    source: ModelSource,
+    tokens: int,
+    context: int,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    memory_budget: float | None = None,
+    reporter: Reporter | None = None,
+) -> Calibration:
+    """Text that the model writes itself: sampled at temperature 1 from the starts of documents.
+
+    Nothing has to be downloaded, and the text follows the distribution the model was trained on, chat models' included.
+    The sampling runs in bfloat16 where the machine multiplies it natively, else in float32. The same machine, seed and
+    thread count give the same text.
+
+    Args:
+        source: the model; one that generates text.
+        tokens, context: how much, and in windows of what length.
+        seed: of the sampling.
+        device: where to sample.
+        memory_budget: bytes the model may take in memory; sampling needs all of it at once.
+        reporter: told of the tokens sampled.
+
+    Raises:
+        UnsupportedError: if the model does not generate text or does not fit `memory_budget`.
+        OptionError: if `tokens` or `context` make no sense.
+    """
+    _check_sizes(tokens, context)
+    if not source.model_class.can_generate():
+        raise UnsupportedError(
+            f"{source.model_class.__name__} does not generate text, so it cannot write its own calibration text",
+            "give text files with --calib FILE",
+        )
+    dtype = sampling_dtype(device)
+    model = source.skeleton(dtype=dtype)
+    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if memory_budget is not None and size > memory_budget:
+        raise UnsupportedError(
+            f"sampling calibration text needs the whole model in memory ({size / 1e9:.1f} GB), more than the memory "
+            f"budget of {memory_budget / 1e9:.1f} GB",
+            "give text files with --calib FILE, which needs one layer at a time, or raise --memory-budget",
+        )
+    materialize(model, source, dtype, device)
+    ids = sample(model, document_starts(source), tokens // context, context, seed=seed, reporter=reporter)
+    return divide(ids, "self", seed)
+
+
+def sampling_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively (measured: twice as fast), else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+
+
+def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str) -> None:
+    """Fill a skeleton with the source's weights; parameters that share a tensor go on sharing it."""
+    loaded: dict[int, torch.nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in loaded:
+                full = f"{module_name}.{name}" if module_name else name
+                value = source.weights.get(full, dtype).to(device)
+                loaded[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = loaded[id(parameter)]
+    model.to(device)
+
+
+def document_starts(source: ModelSource) -> list[int]:
+    """Token ids at which documents start: BOS and EOS as config and generation config name them; empty if none does."""
+    found: list[object] = []
+    for owner in (source.config, source.config.get_text_config()):
+        for key in ("bos_token_id", "eos_token_id"):
+            value = getattr(owner, key, None)
+            found += value if isinstance(value, list) else [value]
+    vocabulary = source.config.get_text_config().vocab_size
+    return [i for i in dict.fromkeys(found) if isinstance(i, int) and 0 <= i < vocabulary]
+
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    starts: Sequence[int],
+    count: int,
+    length: int,
+    *,
+    seed: int,
+    reporter: Reporter | None = None,
+) -> Tensor:
+    """Sample sequences at temperature 1, side by side.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        starts: first tokens, dealt out in turn; if empty, first tokens are drawn uniformly from the vocabulary.
+        count, length: sequences, and tokens in each, the first included.
+        seed: of the random numbers, which are drawn on the CPU.
+        reporter: told of the tokens sampled.
+
+    Returns:
+        token ids [count, length], on the CPU.
+
+    Raises:
+        UnsupportedError: if the model's logits are not finite.
+    """
+    reporter = reporter or Silent()
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    if starts:
+        first = torch.tensor([starts[i % len(starts)] for i in range(count)])
+    else:
+        first = torch.randint(vocabulary, (count,), generator=generator)
+    rows = []
+    with bar(reporter, "sampling calibration text", count * length, "tokens") as handle:
+        for begin in range(0, count, SAMPLING_BATCH):
+            ids = first[begin : begin + SAMPLING_BATCH, None]
+            cache = None
+            sequence = [ids]
+            for position in range(length - 1):
+                step = model(
+                    input_ids=sequence[-1].to(model.device),
+                    position_ids=torch.full_like(sequence[-1], position, device=model.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                cache = step.past_key_values
+                sequence.append(_draw(step.logits[:, -1, :vocabulary].float().cpu(), generator))
+                reporter.advance(handle, len(ids))
+            rows.append(torch.cat(sequence, dim=1))
+            reporter.advance(handle, len(ids))
+    return torch.cat(rows)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row [B, 1], by inverting the cumulative distribution: one random number a row, not one a word."""
+    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        raise UnsupportedError(
+            "the model's logits are not finite, so it cannot write calibration text", "check its weights"
+        )
+    picked = torch.searchsorted(cumulative, torch.rand(len(logits), 1, generator=generator) * total)
+    return picked.clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,130 @@
+"""How results and progress look in a terminal. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+class RateColumn(ProgressColumn):
+    """How many of its units a bar gets done per second; layer bars also say what that is in calibration tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens_per_layer = 0.0
+
+    def render(self, task: Task) -> Text:
+        unit = str(task.fields.get("unit", ""))
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        if unit.startswith("layer") and self.tokens_per_layer:
+            speed, unit = speed * self.tokens_per_layer, "tokens"
+        return Text(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.1f} {unit}/s", style="dim")
+
+
+class TerminalReporter:
+    """Progress for people: bars while stderr is a terminal, plain lines where it is not, nothing if quiet.
+
+    Args:
+        quiet: say nothing but warnings.
+        verbose: also print what is only said in detail.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.verbose = verbose
+        self._rate = RateColumn()
+        self._progress: Progress | None = None
+        self._open: set[int] = set()
+
+    def expect(self, *, layers: int, tokens: int) -> None:
+        """Tell how many tokens go through how many layers, so that bars over layers can show tokens per second."""
+        self._rate.tokens_per_layer = tokens / layers if layers else 0.0
+
+    def start(self, title: str, total: int, unit: str) -> int:
+        if self.quiet or not self.console.is_terminal:
+            return -1
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+                self._rate,
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+        handle = self._progress.add_task(title, total=total, unit=unit)
+        self._open.add(handle)
+        return handle
+
+    def advance(self, handle: int, amount: int = 1) -> None:
+        if self._progress is not None and handle in self._open:
+            self._progress.advance(_task(handle), amount)
+
+    def finish(self, handle: int) -> None:
+        if self._progress is None or handle not in self._open:
+            return
+        self._open.discard(handle)
+        self._progress.remove_task(_task(handle))
+        if not self._open:
+            self.close()
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        self.console.print(Text.assemble(("warning: ", "yellow"), line))
+
+    def close(self) -> None:
+        """Take down the bars; the terminal is as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._open.clear()
+
+
+def _task(handle: int) -> TaskID:
+    from rich.progress import TaskID
+
+    return TaskID(handle)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> Table:
+    """A plain table; columns listed in `numbers` are aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index in numbers else "left", header_style="dim", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def output_console(stream: TextIO) -> Console:
+    """A console on `stream`; as wide as needed when it is not a terminal, so that no table is folded in a file."""
+    if stream.isatty():
+        return Console(file=stream, highlight=False)
+    return Console(file=stream, highlight=False, width=200)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share, e.g. "50 %"."""
+    return f"{100 * part / whole:.0f} %" if whole else "-"
