@@ -1,0 +1,98 @@
+"""Turns every spelling of attention that capture can meet into the dialect's one op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.attnopt.attention.default
+
+_SDPA = aten.scaled_dot_product_attention.default
+_SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_SDPA_DEFAULTS: Mapping[str, Any] = {
+    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False
+}
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Rewrite `scaled_dot_product_attention` into `attnopt::attention`, in place, and number the layers.
+
+    The op's result is [B, S, H, dv] where SDPA's is [B, H, S, dv]; a transpose behind SDPA is taken into it.
+    """
+    layer = 0
+    for node in list(graph.nodes):
+        if node.target is ATTENTION:
+            node.update_arg(10, layer)
+            layer += 1
+        elif node.target is _SDPA and _representable(_arguments(node)):
+            _rewrite(graph, node, layer)
+            layer += 1
+    graph.eliminate_dead_code()
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    return {**_SDPA_DEFAULTS, **dict(zip(_SDPA_ARGS, node.args, strict=False)), **node.kwargs}
+
+
+def _representable(call: dict[str, Any]) -> bool:
+    if call["dropout_p"]:
+        return False
+    mask = call["attn_mask"]
+    boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
+    # A boolean mask is a mask built by the model itself: its meaning would have to be guessed.
+    return not boolean
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, layer: int) -> None:
+    call = _arguments(node)
+    query, key, value = call["query"], call["key"], call["value"]
+    scale = call["scale"] if call["scale"] is not None else float(query.meta["val"].shape[-1]) ** -0.5
+    with graph.inserting_before(node):
+        key, value = _unrepeat(graph, key), _unrepeat(graph, value)
+        anchor = graph.call_function(
+            ATTENTION, (query, key, value, call["attn_mask"], None, scale, call["is_causal"], 0, 0.0, None, layer)
+        )
+        back = graph.call_function(aten.transpose.int, (anchor, 1, 2))
+    anchor.meta, back.meta = dict(node.meta), dict(node.meta)
+    anchor.meta["val"] = node.meta["val"].transpose(1, 2)
+    for user in list(node.users):
+        if user.target is aten.transpose.int and tuple(user.args[1:]) in ((1, 2), (2, 1)):
+            user.replace_all_uses_with(anchor)
+            graph.erase_node(user)
+        elif user.target is aten.permute.default and tuple(user.args[1]) == (0, 2, 1, 3):
+            user.replace_all_uses_with(anchor)
+            graph.erase_node(user)
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)
+
+
+def _unrepeat(graph: fx.Graph, operand: fx.Node) -> fx.Node:
+    """The operand with one of each run of equal heads, if it was made by repeating heads; else the operand."""
+    repeats = _repeats(operand)
+    if repeats == 1:
+        return operand
+    heads = int(operand.meta["val"].shape[1])
+    node = graph.call_function(aten.slice.Tensor, (operand, 1, 0, heads, repeats))
+    node.meta = dict(operand.meta)
+    node.meta["val"] = operand.meta["val"][:, ::repeats]
+    return node
+
+
+def _repeats(operand: fx.Node) -> int:
+    """How often each head is repeated: look for an expansion of a dimension of size 1 on the way to the operand."""
+    node = operand
+    while node.op == "call_function" and isinstance(node.args[0] if node.args else None, fx.Node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.target is aten.expand.default:
+            before, after = source.meta["val"].shape, node.meta["val"].shape
+            grown = [int(b) for a, b in zip(before, after, strict=True) if isinstance(a, int) and a == 1 and b != 1]
+            return grown[0] if len(grown) == 1 and isinstance(grown[0], int) else 1
+        node = source
+        if torch.ops.aten.linear.default is node.target:
+            break
+    return 1

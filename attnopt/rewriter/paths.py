@@ -1,0 +1,216 @@
+"""The way from a projection to an operand of attention: choice of channels, norm, rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from attnopt.rewriter.norms import NormMatch, find_norm
+from attnopt.rewriter.ops.rope import rope_reference
+from attnopt.rewriter.probe import Mismatch, Probe
+from attnopt.rewriter.program import walk_back
+from attnopt.rewriter.projections import LinearMap
+
+# Positions at which a rotary embedding is measured: powers of two resolve frequencies from 1 down to 1e-6.
+_POSITIONS = (0, *(2**k for k in range(18)))
+
+
+@dataclass(frozen=True)
+class Path:
+    """One projection on its way to one operand of attention.
+
+    Attributes:
+        probe: how to evaluate it.
+        source: the projection.
+        arg: the operand, [B, N, S, d].
+        norm: the normalisation on the way, or None.
+        zero: results of other projections that reach `arg` too; held at 0.
+    """
+
+    probe: Probe
+    source: LinearMap
+    arg: fx.Node
+    norm: NormMatch | None
+    zero: tuple[fx.Node, ...] = ()
+
+    @classmethod
+    def trace(cls, probe: Probe, source: LinearMap, arg: fx.Node, zero: Iterable[LinearMap] = ()) -> Path:
+        """Find the norm between `source` and `arg`, if there is one.
+
+        Raises:
+            Mismatch: if the norm is not understood.
+        """
+        norm = find_norm(source.node, arg, probe, int(arg.meta["val"].shape[1]))
+        return cls(probe, source, arg, norm, tuple(m.node for m in zero))
+
+    def feed(self, value: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What `arg` is when the projection's result is `value` [batch, length, out] and the norm is passed by."""
+        given, batch, length = self._sizes(value)
+        if self.norm is not None:
+            (inner,) = self.probe.evaluate([self.norm.x], given, batch, length)
+            given = {**given, self.norm.y: inner}
+        return self.probe.evaluate([self.arg], given, batch, length, positions)[0]
+
+    def _sizes(self, value: Tensor) -> tuple[dict[fx.Node, Tensor], int, int]:
+        batch, length = value.shape[:2]
+        shape = self.probe.shape(self.source.node, batch, length)
+        given = {self.source.node: value.expand(*shape[:-1], -1) if len(shape) == 3 else value.reshape(shape)}
+        for node in self.zero:
+            given[node] = torch.zeros(self.probe.shape(node, batch, length))
+        return given, batch, length
+
+    def shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """Shape of the projection's result for inputs of this size, flattened to [rows, length, out] if 2-D."""
+        shape = self.probe.shape(self.source.node, batch, length)
+        return shape if len(shape) == 3 else (batch, length, shape[-1])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which channels of a projection make up each head at position 0.
+
+    Attributes:
+        rows: per head, the channel behind each dim; -1 where a dim does not come from this projection.
+        factor: [N, d], what it is multiplied by.
+    """
+
+    rows: list[list[int]]
+    factor: Tensor
+
+    def in_order(self) -> list[list[int]]:
+        """Channels of each head, ascending, absent ones left out."""
+        return [sorted(r for r in head if r >= 0) for head in self.rows]
+
+    def permutation(self) -> list[int]:
+        """Place of each present dim of head 0 in that ascending order."""
+        order = {row: place for place, row in enumerate(self.in_order()[0])}
+        return [order[row] for row in self.rows[0] if row >= 0]
+
+
+def read_choice(path: Path) -> Choice:
+    """Measure which channel every dim of every head comes from.
+
+    Raises:
+        Mismatch: if a dim is not one channel times a factor, or heads are laid out differently from one another.
+    """
+    shape = path.shape(2, 3)
+    index = torch.arange(shape[-1], dtype=torch.float32).expand(shape)
+    factors = path.feed(torch.ones(shape))
+    found = path.feed(index + 1.0)
+    same = bool((factors == factors[:1, :, :1]).all() and (found == found[:1, :, :1]).all())
+    if not same:
+        raise Mismatch("a head's vector depends on the other tokens", path.arg)
+    factor, value = factors[0, :, 0], found[0, :, 0]
+    rows = torch.where(factor == 0, torch.zeros_like(value), value / torch.where(factor == 0, 1.0, factor)) - 1.0
+    if bool(((rows - rows.round()).abs() > 1e-2).any()):
+        raise Mismatch("a head's vector is not a choice of projection channels", path.arg)
+    choice = Choice([[int(r) for r in head] for head in rows.round().tolist()], factor)
+    flat = [row for head in choice.in_order() for row in head]
+    if len(set(flat)) != len(flat) or max(flat, default=-1) >= shape[-1]:
+        raise Mismatch("heads share channels of a projection", path.arg)
+    first = choice.in_order()[0]
+    for head, ordered in zip(choice.rows, choice.in_order(), strict=True):
+        places = {row: place for place, row in enumerate(ordered)}
+        if [places.get(r, -1) for r in head] != [{r: p for p, r in enumerate(first)}.get(r, -1) for r in choice.rows[0]]:
+            raise Mismatch("heads are laid out differently from one another", path.arg)
+    return choice
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A measured rotary embedding; `offset` counts from the head's first present dim. Fields as in RopeSpec."""
+
+    inv_freq: tuple[float, ...]
+    style: Literal["half", "interleaved"]
+    offset: int
+    attention_scaling: float
+
+
+def read_rotation(path: Path, choice: Choice) -> Rotation | None:
+    """Measure how positions turn the head's dims, or None if they do not.
+
+    The dims are taken in the order of the projection's channels, so that a model which also reorders them
+    (DeepSeek-V3 writes interleaved pairs out as halves) is described by how it pairs channels.
+
+    Raises:
+        Mismatch: if positions act, but not as a rotary embedding.
+    """
+    if not any(n.op == "placeholder" and n.target == "position_ids" for n in walk_back(path.arg)):
+        return None
+    maps = _turns(path, choice)
+    d = maps.shape[1]
+    eye = torch.eye(d)
+    if torch.equal(maps, eye.expand_as(maps)):
+        return None
+    moved = [i for i in range(d) if not torch.equal(maps[:, i], eye[i].expand(len(_POSITIONS), -1))]
+    offset, width = moved[0], len(moved)
+    if moved != list(range(offset, offset + width)) or width % 2:
+        raise Mismatch(f"positions change dims {_short(moved)} of a head, which is no block of pairs", path.arg)
+    n = width // 2
+    pairings: dict[Literal["half", "interleaved"], list[tuple[int, int]]] = {
+        "half": [(offset + m, offset + m + n) for m in range(n)],
+        "interleaved": [(offset + 2 * m, offset + 2 * m + 1) for m in range(n)],
+    }
+    for style, pairs in pairings.items():
+        first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        angle = torch.atan2(maps[:, first, second], maps[:, first, first])
+        inv_freq = _known_table(path, n) or _unwrap(angle)
+        rotation = Rotation(tuple(inv_freq), style, offset, 1.0)
+        if _agrees(maps, rotation):
+            return rotation
+    raise Mismatch("positions change a head's vector, but not by turning pairs of dims", path.arg)
+
+
+def _turns(path: Path, choice: Choice) -> Tensor:
+    """[P, d, d]: row i is the image of dim i of head 0 at each position, in channel order, factors divided out."""
+    ordered = choice.in_order()[0]
+    d = len(ordered)
+    value = torch.zeros(d, len(_POSITIONS), path.source.out_features)
+    value[torch.arange(d), :, torch.tensor(ordered)] = 1.0
+    out = path.feed(value, torch.tensor(_POSITIONS).expand(d, -1))[:, 0]
+    present = [i for i, row in enumerate(choice.rows[0]) if row >= 0]
+    out = out[..., present] / choice.factor[0, present]
+    images = torch.empty_like(out)
+    images[..., torch.tensor(choice.permutation())] = out
+    return images.transpose(0, 1)
+
+
+def _known_table(path: Path, n: int) -> list[float] | None:
+    """The one stored table of n frequencies behind the operand, exactly as the model holds it."""
+    tables = []
+    for node in walk_back(path.arg):
+        if node.op == "get_attr" and node.meta.get("buffer"):
+            meta = path.probe.program.weights.meta(str(node.target))
+            if meta.shape == (n,) and meta.dtype.is_floating_point:
+                tables.append(path.probe.program.weights.get(str(node.target)).float().tolist())
+    return tables[0] if len(tables) == 1 else None
+
+
+def _unwrap(angle: Tensor) -> list[float]:
+    """Frequencies from angles (mod 2 pi) at positions 0, 1, 2, 4, ...: each doubling halves the error."""
+    angles = angle.double()
+    freq = angles[1]
+    for k in range(2, len(_POSITIONS)):
+        p = _POSITIONS[k]
+        turns = torch.round((p * freq - angles[k]) / (2 * torch.pi))
+        freq = (angles[k] + 2 * torch.pi * turns) / p
+    return freq.tolist()
+
+
+def _agrees(maps: Tensor, rotation: Rotation) -> bool:
+    d = maps.shape[1]
+    x = torch.eye(d)[:, None, None, :].expand(d, 1, len(_POSITIONS), d)
+    table = torch.tensor(rotation.inv_freq)
+    turned = rope_reference(x, torch.tensor(_POSITIONS)[None], table, rotation.style, rotation.offset, 1.0)
+    # An angle of 2^17 radians is known to 2^-7 in float32, whichever way it was computed.
+    near = torch.tensor(_POSITIONS) <= 4096
+    difference = (turned[:, 0].transpose(0, 1) - maps).abs()
+    return bool(difference[near].max() < 2e-3 and difference.max() < 0.1)
+
+
+def _short(dims: list[int]) -> str:
+    return f"{dims[:4]}{'...' if len(dims) > 4 else ''}"
