@@ -43,6 +43,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+#: The header metadata transformers looks for.
+METADATA = {"format": "pt"}
+
 #: The limit the safetensors library puts on a header, in bytes.
 MAX_HEADER = 100_000_000
 
@@ -207,7 +210,7 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] = METADATA) -> None:
     """Write a safetensors file holding one tensor in memory at a time, and flush it to the disk.
 
     The bytes depend on the arguments only. Widest types come first, then names, as the library itself orders them, so

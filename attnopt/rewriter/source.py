@@ -172,15 +172,16 @@ def open_directory(
     stored = stored_values(path)
     cls = model_class(config, path, trust_remote_code)
     state = state_dict_values(build_skeleton(cls, config), stored)
-    if state.untied:
+    untied = state.untied
+    if untied:
         # The config promises shared weights, the file disagrees: the file is what the model was trained with.
         config.tie_word_embeddings = False
         state = state_dict_values(build_skeleton(cls, config), stored)
     _check_complete(path, state.missing)
     _check_shapes(path, build_skeleton(cls, config), state.values)
     warnings = []
-    if state.untied:
-        pairs = ", ".join(f"{a} and {b}" for a, b in state.untied)
+    if untied:
+        pairs = ", ".join(f"{a} and {b}" for a, b in untied)
         warnings.append(f"config.json ties {pairs}, but they are stored with different contents: taken as they are")
     if state.unexpected:
         shown = ", ".join(state.unexpected[:3]) + (", ..." if len(state.unexpected) > 3 else "")
