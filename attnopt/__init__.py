@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import attnopt.codegen.hf  # noqa: F401 - makes transformers know our model class once it is imported; imports nothing
+
 if TYPE_CHECKING:
     from attnopt.api import convert, inspect, list_passes, run_pipeline, verify
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import attnopt
-from attnopt.session import Session, report_failure
+from attnopt.session import INTERRUPTED, Session, report_failure
 
 app = typer.Typer(
     name="attnopt",
@@ -316,6 +316,8 @@ def main(arguments: list[str]) -> int:
     """
     try:
         code: Any = app(args=arguments, prog_name="attnopt", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
     except BaseException as error:
         return report_failure(error, json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments)))
     return code if isinstance(code, int) else 0

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from attnopt.render import TerminalReporter
 
 
+#: Exit code of a command stopped from the keyboard, as shells have it.
+INTERRUPTED = 130
+
+
 class Result(Protocol):
     """What a verb returns: data for programs, a view for people."""
 
@@ -87,7 +91,7 @@ def report_failure(error: BaseException, *, json: bool, verbose: bool) -> int:
     """Tell a failure on stderr (under --json also as a document on stdout) and return the exit code for it."""
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         sys.stderr.write("stopped; --resume goes on with a conversion that had finished layers\n")
-        return 130
+        return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
