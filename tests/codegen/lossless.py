@@ -8,7 +8,7 @@ into the constant lane, so that the lane is exercised too. Q/k-norm models get t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -83,8 +83,25 @@ class Converted:
     config: dict
 
 
-def convert(model: PreTrainedModel, d_nope: int = 8, peak: float = 0.0) -> Converted:
-    """Rewrite every attention layer of `model` without loss."""
+@dataclass(frozen=True)
+class Variation:
+    """How one layer differs from the plain lossless form, still without loss.
+
+    Attributes:
+        spare: latent channels that are always zero.
+        reverse: list the rotary pairs backwards.
+        skip: leave the layer as the source has it.
+    """
+
+    spare: int = 0
+    reverse: bool = False
+    skip: bool = False
+
+
+def convert(
+    model: PreTrainedModel, d_nope: int = 8, peak: float = 0.0, variations: dict[int, Variation] | None = None
+) -> Converted:
+    """Rewrite the attention layers of `model` without loss."""
     config = model.config
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -92,12 +109,42 @@ def convert(model: PreTrainedModel, d_nope: int = 8, peak: float = 0.0) -> Conve
     sites = {}
     for index, layer in enumerate(model.model.layers):
         fqn = f"model.layers.{index}.self_attn"
+        variation = (variations or {}).get(index, Variation())
+        if variation.skip:
+            sites[fqn] = _source_site(fqn, index, config, layer.self_attn)
+            continue
         attention = layer.self_attn
         own = {name: weights.pop(name) for name in list(weights) if name.startswith(fqn + ".")}
         new, latent, rope = _layer(fqn, attention, own, config, model.model.rotary_emb, d_nope, peak)
+        latent, rope = _vary(variation, new, latent, rope, config.num_attention_heads)
         weights |= {f"{fqn}.{name}": tensor for name, tensor in new.items()}
         sites[fqn] = _site(fqn, index, config, latent, rope, new)
     return Converted(sites, weights, config.to_dict())
+
+
+def _vary(
+    variation: Variation, new: dict[str, torch.Tensor], latent: LatentSpec, rope: RopeSpec, heads: int
+) -> tuple[LatentSpec, RopeSpec]:
+    """Apply a variation to a layer's tensors, in place, and to its specs."""
+    rank, spare = latent.kv_lora_rank, variation.spare
+    order = torch.arange(latent.d_rope).view(-1, 2)
+    order = (order.flip(0) if variation.reverse else order).flatten()
+    for part in ("weight", "bias"):
+        old = new[f"kv_a_proj.{part}"]
+        nothing = torch.zeros(spare, *old.shape[1:])
+        new[f"kv_a_proj.{part}"] = torch.cat([old[: rank - 1], nothing, old[rank - 1 : rank], old[rank:][order]])
+    old = new["kv_b_proj.weight"]
+    new["kv_b_proj.weight"] = torch.cat([old[:, :-1], torch.zeros(old.shape[0], spare), old[:, -1:]], 1)
+    queries = ("q_map.weight",) if latent.q_map else ("q_proj.weight", "q_proj.bias")
+    for name in queries:
+        if name in new:
+            wide = new[name].view(heads, latent.d_nope + latent.d_rope, -1)
+            wide = torch.cat([wide[:, : latent.d_nope], wide[:, latent.d_nope :][:, order]], 1)
+            new[name] = wide.reshape(new[name].shape)
+    table = rope.inv_freq[::-1] if variation.reverse else rope.inv_freq
+    wider = replace(latent.kv_a, rows=((0, rank + spare + latent.d_rope),))
+    decoder = replace(latent.kv_b, in_features=rank + spare)
+    return replace(latent, kv_lora_rank=rank + spare, kv_a=wider, kv_b=decoder), replace(rope, inv_freq=table)
 
 
 def program_of(model: PreTrainedModel, **options: object) -> Program:
@@ -203,7 +250,6 @@ def _site(
 
     o_out, o_in = new["o_proj.weight"].shape
     o_bias = f"{fqn}.o_proj.bias" if "o_proj.bias" in new else None
-    window = getattr(config, "sliding_window", None)
     return AttentionSite(
         fqn=fqn,
         layer=index,
@@ -219,9 +265,48 @@ def _site(
         q_norm=norm("q_norm"),
         k_norm=norm("k_norm"),
         rope=rope,
-        mask=MaskSpec(causal=True, window=window),
+        mask=MaskSpec(causal=True, window=_window(config, index)),
         cache=CacheSpec((CacheEntry("latent", 1, latent.kv_lora_rank), CacheEntry("key_rope", 1, groups * d))),
         scale=1 / math.sqrt(latent.d_nope + latent.d_rope),
         latent=latent,
+        nodes=SiteNodes("", "", ""),
+    )
+
+
+def _window(config: object, index: int) -> int | None:
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _source_site(fqn: str, index: int, config: object, attention: nn.Module) -> AttentionSite:
+    """A layer that was not converted."""
+    heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def projection(name: str) -> Projection:
+        matrix = getattr(attention, name)
+        bias = f"{fqn}.{name}.bias" if matrix.bias is not None else None
+        return Projection(f"{fqn}.{name}.weight", bias, ((0, matrix.out_features),), matrix.in_features)
+
+    return AttentionSite(
+        fqn=fqn,
+        layer=index,
+        kind="gqa",
+        heads=heads,
+        kv_heads=groups,
+        d_qk=d,
+        d_v=d,
+        q=projection("q_proj"),
+        k=projection("k_proj"),
+        v=projection("v_proj"),
+        o=projection("o_proj"),
+        q_norm=None,
+        k_norm=None,
+        rope=None,
+        mask=MaskSpec(causal=True, window=_window(config, index)),
+        cache=CacheSpec((CacheEntry("key", groups, d), CacheEntry("value", groups, d))),
+        scale=d**-0.5,
+        latent=None,
         nodes=SiteNodes("", "", ""),
     )

@@ -112,7 +112,7 @@ class LatentAttention(nn.Module):
     def expanded(
         self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention of a prompt over itself; shapes as `absorbed`."""
+        """Attention of a prompt over itself: S == T, and no mask means causal; else as `absorbed`."""
         rows = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         nope, value = rows.split((self.d_nope, self.d_v), dim=-1)
         keys = torch.cat((nope, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
@@ -127,7 +127,7 @@ class LatentAttention(nn.Module):
         Args:
             q: [B, H, S, d_nope + d_rope], rotated.
             latent, key: [B, T, rank] and [B, T, d_rope], rotated; the last S of the T tokens are the queries' own.
-            mask: additive [B|1, 1, S, T], or None for causal.
+            mask: additive, broadcastable to [B, 1, S, T]; None if every query sees every token.
 
         Returns:
             [B, H, S, d_v].
@@ -138,9 +138,6 @@ class LatentAttention(nn.Module):
         q_latent = torch.einsum("bhsn,hnr->bhsr", q[..., : self.d_nope], w_uk).flatten(1, 2)
         q_rope = q[..., self.d_nope :].flatten(1, 2)
         scores = (q_latent @ latent.mT + q_rope @ key.mT).unflatten(1, (heads, steps)) * self.scale
-        if mask is None and steps > 1:
-            seen = torch.ones(steps, latent.shape[1], dtype=torch.bool, device=q.device)
-            mask = _additive(seen.tril(latent.shape[1] - steps), q.dtype)
         if mask is not None:
             scores = scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -162,19 +159,26 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_nope, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))), dim=-1).transpose(1, 2)
         latent, key = compressed.split((self.rank, self.d_rope), dim=-1)
         key = rotate(key, cos, sin)
-        fresh = past_key_values is None
+        steps = latent.shape[1]
+        past: int | torch.Tensor = 0
         if past_key_values is not None:
-            fresh = past_key_values.get_seq_length(self.layer_idx) == 0
+            # A cache of fixed size counts in a tensor that `update` writes into, hence the copy.
+            past = past_key_values.get_seq_length(self.layer_idx) + 0
             # Both are stored as one head, which is what every transformers cache layer expects.
             stored = past_key_values.update(latent.unsqueeze(1), key.unsqueeze(1), self.layer_idx)
-            # A cache of fixed size returns empty slots too: those are masked, and absorbed as they are.
-            fresh = fresh and stored[0].shape[-2] == latent.shape[1]
             latent, key = stored[0].squeeze(1), stored[1].squeeze(1)
+        total = latent.shape[1]
+        fresh = total == steps  # all there is comes from this call
         if attention_mask is not None:
-            attention_mask = attention_mask[..., : latent.shape[1]]
+            attention_mask = attention_mask[..., :total]
             if attention_mask.dtype == torch.bool:
                 attention_mask = _additive(attention_mask, q.dtype)
-        attend = self.expanded if fresh and q.shape[2] > 1 else self.absorbed
+        elif not fresh:
+            # No mask means causal. Slots after the last token are empty (fixed size); a window has dropped the oldest.
+            slots = torch.arange(total, device=q.device)
+            first = past if isinstance(past, torch.Tensor) else min(past, total - steps)
+            attention_mask = _additive(slots <= slots[:steps, None] + first, q.dtype)
+        attend = self.expanded if fresh and steps > 1 else self.absorbed
         out = attend(q, latent, key, attention_mask)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), None
 
