@@ -84,18 +84,23 @@ FAMILIES: dict[str, Family] = {
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {
-            **_GQA, "num_hidden_layers": 3, "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 12,
+            **_GQA,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 12,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        },  # fmt: skip
+        },
     ),
     "phi3": Family("Phi3Config", "Phi3ForCausalLM", {**_GQA, "sliding_window": None}),
     "phi3-partial": Family(
         "Phi3Config",
         "Phi3ForCausalLM",
         {
-            **_GQA, "sliding_window": None,
+            **_GQA,
+            "sliding_window": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        },  # fmt: skip
+        },
     ),
     "olmo2": Family("Olmo2Config", "Olmo2ForCausalLM", _GQA),
     "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {**_GQA, "num_local_experts": 4, "sliding_window": None}),
@@ -109,11 +114,19 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA),
     "deepseek_v3-yarn": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_MLA, "rope_parameters": _YARN}),
     "deepseek_v3-half": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_MLA, "rope_interleave": False}),
+    "deepseek_v2-yarn": Family("DeepseekV2Config", "DeepseekV2ForCausalLM", {**_MLA, "rope_parameters": _YARN}),
     "gpt2": Family(
         "GPT2Config",
         "GPT2LMHeadModel",
-        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-         "eos_token_id": 2},  # fmt: skip
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "gpt_neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", _BASE),
     "opt": Family("OPTConfig", "OPTForCausalLM", {**_BASE, "ffn_dim": 48, "word_embed_proj_dim": 32}),
@@ -128,8 +141,14 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         "ViTConfig",
         "ViTModel",
-        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "image_size": 16, "patch_size": 4},  # fmt: skip
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
         "image",
     ),
     "swin": Family(

@@ -72,9 +72,7 @@ def _probe_mask(mask_function: Callable[..., Any], local_size: int | None) -> tu
         zero = torch.tensor(0)
         try:
             seen = {
-                (i, j): bool(mask_function(zero, zero, torch.tensor(i), torch.tensor(j)))
-                for i in queries
-                for j in keys
+                (i, j): bool(mask_function(zero, zero, torch.tensor(i), torch.tensor(j))) for i in queries for j in keys
             }
         except Exception as problem:
             raise _odd_mask(mask_function) from problem
@@ -184,7 +182,9 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         top_k_index, top_k_weights: [N, k].
     """
     if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedError(f"{type(module).__name__} normalises each expert's output, which attnopt cannot represent")
+        raise UnsupportedError(
+            f"{type(module).__name__} normalises each expert's output, which attnopt cannot represent"
+        )
     tokens, k = top_k_index.shape
     expert = top_k_index.reshape(-1)
     x = hidden_states[:, None, :].expand(-1, k, -1).reshape(tokens * k, hidden_states.shape[-1])
@@ -222,8 +222,8 @@ def _registered(registry: Any, name: str, function: Callable[..., Any]) -> Itera
 def anchored(model: PreTrainedModel) -> Iterator[AnchorLog]:
     """Within the block, tracing `model` yields one attention op per layer. The model's settings stay changed.
 
-    Models that do not use transformers' attention interface keep calling `scaled_dot_product_attention`; the mask
-    functions give them no mask, so that it is called with `is_causal`.
+    Models that do not use transformers' attention interface (Falcon) keep calling `scaled_dot_product_attention`; the
+    mask functions give them no mask, so that it is called with `is_causal`.
 
     Args:
         model: a throw-away skeleton.
@@ -231,14 +231,21 @@ def anchored(model: PreTrainedModel) -> Iterator[AnchorLog]:
     log = AnchorLog()
     anchor = _Anchor(log)
 
-    def no_mask(*args: Any, **kwargs: Any) -> None:
-        anchor.mask(*args, **kwargs)
+    def padding_only(*args: Any, **kwargs: Any) -> Tensor | None:
+        request = anchor.mask(*args, **kwargs)
+        if request.window:
+            raise UnsupportedError(
+                f"{type(model).__name__} uses a sliding window of {request.window} without transformers' attention "
+                "interface, so that attnopt cannot see which layers it applies to"
+            )
+        return request.bias
 
     with (
         _registered(AttentionInterface, NAME, anchor.attention),
         _registered(AttentionMaskInterface, NAME, anchor.mask),
-        _registered(AttentionMaskInterface, "sdpa", no_mask),
+        _registered(AttentionMaskInterface, "sdpa", padding_only),
         _experts_registered(),
+        _plain_is_causal(),
     ):
         if _uses_interface(model):
             model.set_attn_implementation(NAME)
@@ -263,3 +270,21 @@ def _experts_registered() -> Iterator[None]:
 
     with _registered(moe.ExpertsInterface, NAME, _experts):
         yield
+
+
+@contextmanager
+def _plain_is_causal() -> Iterator[None]:
+    """Let SDPA be called with an `is_causal` that depends on a traced length ("and length > 1" changes nothing)."""
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if "is_causal" in kwargs:
+            kwargs["is_causal"] = bool(kwargs["is_causal"])
+        return original(*args, **kwargs)
+
+    functional.scaled_dot_product_attention = call
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original

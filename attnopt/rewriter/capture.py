@@ -53,7 +53,7 @@ def capture_module(model: nn.Module) -> Program:
             f"{type(model).__name__} is not a transformers model",
             "attnopt finds attention through transformers' attention interface",
         )
-    named = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    named = dict(model.named_parameters(remove_duplicate=False))
     values = {id(p): Inline(p.detach()) for p in named.values()}
     weights = WeightStore({name: values[id(p)] for name, p in named.items()})
     fakes: dict[int, Any] = {}

@@ -156,6 +156,7 @@ def _clean(program: torch.export.ExportedProgram, outputs: dict[str, int], input
             raise UnsupportedError(f"the traced graph holds a {node.op} node ({node.target}), which attnopt cannot run")
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = _meta(node)
+    _share_sizes(graph)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
@@ -165,6 +166,20 @@ def _clean(program: torch.export.ExportedProgram, outputs: dict[str, int], input
     return RawGraph(
         graph, {name: t for name, t in constants.items() if name in used}, tuple(kept_inputs), tuple(outputs)
     )
+
+
+def _share_sizes(graph: fx.Graph) -> None:
+    """Take equal sizes from the first input that has them, so that no input is needed for its shape alone."""
+    first: dict[Any, tuple[fx.Node, int]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt):
+                    first.setdefault(size.node.expr, (node, dim))
+        elif node.target is aten.sym_size.int and isinstance(node.meta.get("val"), torch.SymInt):
+            place = first.get(node.meta["val"].node.expr)
+            if place is not None:
+                node.args = place
 
 
 def _is_user(spec: Any) -> bool:
@@ -203,7 +218,7 @@ def _without_effect(node: fx.Node) -> fx.Node | None:
             return None
         return operand
     if target is aten.slice.Tensor:
-        _, _, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        start, stop, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
         if not start and (stop is None or stop == _BIG) and step == 1:
             return operand
     return None

@@ -188,7 +188,7 @@ class LayerRunner:
 
     def _output_nodes(self) -> list[fx.Node]:
         (output,) = (node for node in self._order if node.op == "output")
-        return list(output.args[0])  # type: ignore[arg-type]  # fx types args loosely; capture wrote a tuple of nodes
+        return list(output.args[0])
 
     def _complete(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unknown = sorted(set(inputs) - set(self.program.inputs) - {"position_ids", "attention_mask"})

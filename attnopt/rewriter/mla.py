@@ -59,13 +59,12 @@ def latent_site(
     if bool((value.factor != 1).any()):
         raise Mismatch("the value is scaled", call["v"])
 
-    rotary_path, rotary_rows = _rotary_key(kv_a, kv_b, call["k"], probe, rank, d_rope)
+    k_turn = _rotary_key(kv_a, kv_b, call["k"], probe, rank, d_rope)
     q_path = Path.trace(probe, q_map, call["q"])
     q_choice = read_choice(q_path)
     if q_choice.in_order() != [[h * d_qk + i for i in range(d_qk)] for h in range(heads)]:
         raise Mismatch("the query projection does not hold whole heads in order", q_map.node)
     q_turn = read_rotation(q_path, q_choice)
-    k_turn = rotary_rows
     if q_turn is None or k_turn is None:
         raise Mismatch("the rotary part of queries or keys does not turn", anchor)
     if q_turn.offset != d_nope or (q_turn.style, q_turn.inv_freq) != (k_turn.style, k_turn.inv_freq):
@@ -131,10 +130,9 @@ def _encoder(kv_a: LinearMap, kv_b: LinearMap, probe: Probe) -> tuple[int, NormM
 
 def _rotary_key(
     kv_a: LinearMap, kv_b: LinearMap, key: fx.Node, probe: Probe, rank: int, d_rope: int
-) -> tuple[Path, Rotation | None]:
+) -> Rotation | None:
     """How the shared rotary key turns. Every head must hold the same one."""
-    path = Path(probe, kv_a, key, None, (kv_b.node,))
-    shared = _FirstHead(path)
+    shared = _FirstHead(probe, kv_a, key, None, (kv_b.node,))
     choice = read_choice(shared)
     if sorted(r for r in choice.rows[0] if r >= 0) != list(range(rank, rank + d_rope)):
         raise Mismatch("the rotary key is not the last channels of the latent's projection", kv_a.node)
@@ -144,17 +142,14 @@ def _rotary_key(
         if len(factors) != 1:
             raise Mismatch("dims of the rotary key are scaled differently", key)
         rotation = Rotation(rotation.inv_freq, rotation.style, rotation.offset, round(factors.pop(), 12))
-    return path, rotation
+    return rotation
 
 
 class _FirstHead(Path):
     """A path to the first head only, after checking that all heads hold the same."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.probe, path.source, path.arg, path.norm, path.zero)
-
-    def feed(self, value: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        out = super().feed(value, positions)
+    def feed(self, value: torch.Tensor, batch: int, length: int, positions: torch.Tensor | None = None) -> torch.Tensor:
+        out = super().feed(value, batch, length, positions)
         if not torch.equal(out, out[:, :1].expand_as(out)):
             raise Mismatch("heads hold different rotary keys", self.arg)
         return out[:, :1]

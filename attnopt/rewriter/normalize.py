@@ -14,7 +14,11 @@ ATTENTION = torch.ops.attnopt.attention.default
 _SDPA = aten.scaled_dot_product_attention.default
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _SDPA_DEFAULTS: Mapping[str, Any] = {
-    "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
 }
 
 
@@ -60,10 +64,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, layer: int) -> None:
     anchor.meta, back.meta = dict(node.meta), dict(node.meta)
     anchor.meta["val"] = node.meta["val"].transpose(1, 2)
     for user in list(node.users):
-        if user.target is aten.transpose.int and tuple(user.args[1:]) in ((1, 2), (2, 1)):
-            user.replace_all_uses_with(anchor)
-            graph.erase_node(user)
-        elif user.target is aten.permute.default and tuple(user.args[1]) == (0, 2, 1, 3):
+        swaps = user.target is aten.transpose.int and set(user.args[1:]) == {1, 2}
+        if swaps or (user.target is aten.permute.default and list(user.args[1:]) == [[0, 2, 1, 3]]):
             user.replace_all_uses_with(anchor)
             graph.erase_node(user)
     node.replace_all_uses_with(back)

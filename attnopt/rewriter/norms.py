@@ -82,8 +82,9 @@ def _affine(
             raise Mismatch("a norm's gain is computed, not stored", node)
         names.append(str(part.target) if isinstance(part, fx.Node) else None)
     scope = "all" if heads is not None and x.meta["val"].ndim == 3 and heads > 1 else "head"
-    spec = NormSpec("rms" if kind == "rms" else "layer", names[0], names[1], eps, "all" if scope == "all" else "head",
-                    unit_offset)
+    spec = NormSpec(
+        "rms" if kind == "rms" else "layer", names[0], names[1], eps, "all" if scope == "all" else "head", unit_offset
+    )
     return NormMatch(spec, x, y)
 
 

@@ -47,26 +47,16 @@ class Path:
         norm = find_norm(source.node, arg, probe, int(arg.meta["val"].shape[1]))
         return cls(probe, source, arg, norm, tuple(m.node for m in zero))
 
-    def feed(self, value: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What `arg` is when the projection's result is `value` [batch, length, out] and the norm is passed by."""
-        given, batch, length = self._sizes(value)
+    def feed(self, value: Tensor, batch: int, length: int, positions: Tensor | None = None) -> Tensor:
+        """What `arg` is for inputs of this size when the projection's result is `value` and the norm is passed by."""
+        shape = self.probe.shape(self.source.node, batch, length)
+        given = {self.source.node: value.reshape(shape)}
+        for node in self.zero:
+            given[node] = torch.zeros(self.probe.shape(node, batch, length))
         if self.norm is not None:
             (inner,) = self.probe.evaluate([self.norm.x], given, batch, length)
             given = {**given, self.norm.y: inner}
         return self.probe.evaluate([self.arg], given, batch, length, positions)[0]
-
-    def _sizes(self, value: Tensor) -> tuple[dict[fx.Node, Tensor], int, int]:
-        batch, length = value.shape[:2]
-        shape = self.probe.shape(self.source.node, batch, length)
-        given = {self.source.node: value.expand(*shape[:-1], -1) if len(shape) == 3 else value.reshape(shape)}
-        for node in self.zero:
-            given[node] = torch.zeros(self.probe.shape(node, batch, length))
-        return given, batch, length
-
-    def shape(self, batch: int, length: int) -> tuple[int, ...]:
-        """Shape of the projection's result for inputs of this size, flattened to [rows, length, out] if 2-D."""
-        shape = self.probe.shape(self.source.node, batch, length)
-        return shape if len(shape) == 3 else (batch, length, shape[-1])
 
 
 @dataclass(frozen=True)
@@ -87,8 +77,13 @@ class Choice:
 
     def permutation(self) -> list[int]:
         """Place of each present dim of head 0 in that ascending order."""
-        order = {row: place for place, row in enumerate(self.in_order()[0])}
-        return [order[row] for row in self.rows[0] if row >= 0]
+        return [place for place in _places(self.rows[0]) if place >= 0]
+
+
+def _places(head: list[int]) -> list[int]:
+    """For each dim, the rank of its channel among the head's channels; -1 where it has none."""
+    order = {row: place for place, row in enumerate(sorted(row for row in head if row >= 0))}
+    return [order.get(row, -1) for row in head]
 
 
 def read_choice(path: Path) -> Choice:
@@ -97,10 +92,10 @@ def read_choice(path: Path) -> Choice:
     Raises:
         Mismatch: if a dim is not one channel times a factor, or heads are laid out differently from one another.
     """
-    shape = path.shape(2, 3)
+    shape = path.probe.shape(path.source.node, 2, 3)
     index = torch.arange(shape[-1], dtype=torch.float32).expand(shape)
-    factors = path.feed(torch.ones(shape))
-    found = path.feed(index + 1.0)
+    factors = path.feed(torch.ones(shape), 2, 3)
+    found = path.feed(index + 1.0, 2, 3)
     same = bool((factors == factors[:1, :, :1]).all() and (found == found[:1, :, :1]).all())
     if not same:
         raise Mismatch("a head's vector depends on the other tokens", path.arg)
@@ -112,11 +107,8 @@ def read_choice(path: Path) -> Choice:
     flat = [row for head in choice.in_order() for row in head]
     if len(set(flat)) != len(flat) or max(flat, default=-1) >= shape[-1]:
         raise Mismatch("heads share channels of a projection", path.arg)
-    first = choice.in_order()[0]
-    for head, ordered in zip(choice.rows, choice.in_order(), strict=True):
-        places = {row: place for place, row in enumerate(ordered)}
-        if [places.get(r, -1) for r in head] != [{r: p for p, r in enumerate(first)}.get(r, -1) for r in choice.rows[0]]:
-            raise Mismatch("heads are laid out differently from one another", path.arg)
+    if len({tuple(_places(head)) for head in choice.rows}) > 1:
+        raise Mismatch("heads are laid out differently from one another", path.arg)
     return choice
 
 
@@ -171,7 +163,7 @@ def _turns(path: Path, choice: Choice) -> Tensor:
     d = len(ordered)
     value = torch.zeros(d, len(_POSITIONS), path.source.out_features)
     value[torch.arange(d), :, torch.tensor(ordered)] = 1.0
-    out = path.feed(value, torch.tensor(_POSITIONS).expand(d, -1))[:, 0]
+    out = path.feed(value, d, len(_POSITIONS), torch.tensor(_POSITIONS).expand(d, -1))[:, 0]
     present = [i for i, row in enumerate(choice.rows[0]) if row >= 0]
     out = out[..., present] / choice.factor[0, present]
     images = torch.empty_like(out)

@@ -1,4 +1,4 @@
-"""Asks small parts of a graph what they compute, by feeding them numbers. Recognition measures; it never reads names."""
+"""Asks small parts of a graph what they compute by feeding them numbers: recognition measures, it reads no names."""
 
 from __future__ import annotations
 

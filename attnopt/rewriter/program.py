@@ -34,8 +34,8 @@ class Program:
     Attributes:
         graph: functional ATen plus dialect ops. Placeholders are the runtime inputs; weights and buffers are
             `get_attr` nodes whose target is the name in `weights`; the output is a tuple in the order of `outputs`.
-            `meta["buffer"]` of a `get_attr` node says that it is not a parameter. Every node's `meta["val"]` holds a fake tensor of its shape where capture knew it, and
-            `meta["nn_module_stack"]` the modules it came from.
+            `meta["buffer"]` of a `get_attr` node says that it is not a parameter. Every node's `meta["val"]` holds a
+            fake tensor of its shape where capture knew it, and `meta["nn_module_stack"]` the modules it came from.
         weights: the values of the weights, never modified.
         sites: attention layers by fqn, in layer order.
         config: the model's configuration as plain data.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -27,6 +28,9 @@ _LAYOUT = VIEWS | {aten.transpose.int, aten.permute.default}
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
+Layout = Literal["linear", "conv1d"]
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """A product with a stored matrix.
@@ -43,7 +47,7 @@ class LinearMap:
     x: fx.Node
     weight: str
     bias: str | None
-    layout: str
+    layout: Layout
     in_features: int
     out_features: int
 
@@ -56,8 +60,7 @@ class LinearMap:
             else:
                 ranges.append([row, row + 1])
         pairs = tuple((start, stop) for start, stop in ranges)
-        layout = "conv1d" if self.layout == "conv1d" else "linear"
-        return Projection(self.weight, self.bias, pairs, self.in_features, layout)
+        return Projection(self.weight, self.bias, pairs, self.in_features, self.layout)
 
 
 def linear_map(node: fx.Node) -> LinearMap | None:
@@ -77,7 +80,7 @@ def linear_map(node: fx.Node) -> LinearMap | None:
         x, weight = node.args[:2]
         if not isinstance(weight, fx.Node):
             return None
-        layout = "conv1d"
+        layout: Layout = "conv1d"
         if weight.target in _TRANSPOSES:
             weight, layout = weight.args[0], "linear"
         users = list(node.users)
@@ -89,7 +92,7 @@ def linear_map(node: fx.Node) -> LinearMap | None:
     return None
 
 
-def _make(node: fx.Node, x: object, weight: object, bias: object, layout: str) -> LinearMap | None:
+def _make(node: fx.Node, x: object, weight: object, bias: object, layout: Layout) -> LinearMap | None:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(x, fx.Node):
         return None
     if bias is not None and (not isinstance(bias, fx.Node) or bias.op != "get_attr"):

@@ -29,9 +29,7 @@ from attnopt.rewriter.site import (
     SiteNodes,
 )
 
-_ARGUMENTS = (
-    "q", "k", "v", "bias", "q_pos", "scale", "causal", "window", "softcap", "sinks", "layer"
-)  # fmt: skip
+_ARGUMENTS = ("q", "k", "v", "bias", "q_pos", "scale", "causal", "window", "softcap", "sinks", "layer")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def recognize(program: Program) -> tuple[list[AttentionSite], list[Miss]]:
     misses: list[Miss] = []
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            misses.append(Miss("attention is called with a mask the model builds itself, or with dropout", (node.name,)))
+            misses.append(Miss("attention has a mask built by the model itself, or dropout", (node.name,)))
         if node.target is not ATTENTION:
             continue
         try:
@@ -73,7 +71,7 @@ def recognize(program: Program) -> tuple[list[AttentionSite], list[Miss]]:
 
 
 def _site(anchor: fx.Node, probe: Probe) -> AttentionSite:
-    call = dict(zip(_ARGUMENTS, anchor.args, strict=True))
+    call: dict[str, Any] = dict(zip(_ARGUMENTS, anchor.args, strict=True))
     fqn = ([*module_paths(anchor)] or [""])[-1]
     q, k, v = call["q"], call["k"], call["v"]
     maps_q, maps_k, maps_v = feeding_maps(q), feeding_maps(k), feeding_maps(v)

@@ -89,9 +89,7 @@ def segment_graph(program: Program) -> list[Segment]:
     streams = _streams(program, place, live)
     names = ["prelude", *(layer_path(site.fqn) for site in program.site_list), "head"]
     sites: list[AttentionSite | None] = [None, *program.site_list, None]
-    return [
-        Segment(i, names[i], sites[i], _names(live[i]), _names(live[i + 1]), streams[i]) for i in range(last + 1)
-    ]
+    return [Segment(i, names[i], sites[i], _names(live[i]), _names(live[i + 1]), streams[i]) for i in range(last + 1)]
 
 
 def _names(nodes: list[fx.Node]) -> tuple[str, ...]:

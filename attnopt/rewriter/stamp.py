@@ -89,9 +89,7 @@ def _same_module(a: nn.Module, b: nn.Module, index_a: int, index_b: int) -> bool
             if kind == "_buffers" and value is not None and not torch.equal(value, other):
                 return False
     names = (set(vars(a)) | set(vars(b))) - _BOOKKEEPING
-    return all(
-        _same_value(vars(a).get(n, _MISSING), vars(b).get(n, _MISSING), index_a, index_b) for n in names
-    )
+    return all(_same_value(vars(a).get(n, _MISSING), vars(b).get(n, _MISSING), index_a, index_b) for n in names)
 
 
 def _same_value(a: Any, b: Any, index_a: int, index_b: int) -> bool:
@@ -169,7 +167,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def cut_layers(model: nn.Module, least: int = 3) -> Cut | None:
+def cut_layers(model: nn.Module, least: int = 1) -> Cut | None:
     """Choose representatives, or None if the model has no single list of layers or too few to gain anything.
 
     Args:
@@ -307,7 +305,7 @@ class _Stamper:
         result = dict(meta)
         if move is not None and "nn_module_stack" in result:
             result["nn_module_stack"] = {
-                key.replace(f"{self.cut.path}.{move[0]}", f"{self.cut.path}.{move[1]}"): (self._rename(path, move), kind)
+                self._rename(key.removeprefix("L__self__"), move): (self._rename(path, move), kind)
                 for key, (path, kind) in result["nn_module_stack"].items()
             }
         return result

@@ -93,9 +93,7 @@ def compile_subgraph(
         env[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"n{count}")
         count += 1
     graph.output([env[node] for node in targets])
-    return Subgraph(
-        _function(graph), tuple(n.name for n in inputs), tuple(weights), tuple(n.name for n in targets)
-    )
+    return Subgraph(_function(graph), tuple(n.name for n in inputs), tuple(weights), tuple(n.name for n in targets))
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
@@ -103,7 +101,7 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
     key = (code.src, repr(sorted((name, repr(value)) for name, value in code.globals.items())))
     if key not in _FUNCTIONS:
         scope = dict(code.globals)
-        exec(compile(code.src, "<attnopt subgraph>", "exec"), scope)  # noqa: S102 - source written by torch.fx
+        exec(compile(code.src, "<attnopt subgraph>", "exec"), scope)
         forward = scope["forward"]
         _FUNCTIONS[key] = lambda *args: forward(None, *args)
     return _FUNCTIONS[key]

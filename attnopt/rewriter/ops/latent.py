@@ -53,9 +53,7 @@ def latent_attention_reference(
     """
     queries, keys = q_nope.shape[2], latent.shape[1]
     if absorb is None:
-        absorb = absorbing_is_cheaper(
-            queries, keys, latent.shape[2], q_nope.shape[3], q_rope.shape[3], w_uv.shape[1]
-        )
+        absorb = absorbing_is_cheaper(queries, keys, latent.shape[2], q_nope.shape[3], q_rope.shape[3], w_uv.shape[1])
     seen = visible_keys(queries, keys, q_pos, causal, window, q_nope.device)
     if absorb:
         q = torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1)  # [B,H,S,dn] @ [H,dn,r]

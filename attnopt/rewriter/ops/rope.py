@@ -49,17 +49,13 @@ def rope_reference(
 
 
 @torch.library.custom_op("attnopt::rope", mutates_args=())
-def rope(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, offset: int, attention_scaling: float
-) -> Tensor:
+def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, offset: int, attention_scaling: float) -> Tensor:
     """`attnopt::rope`; arguments and result as in `rope_reference`."""
     return rope_reference(x, positions, inv_freq, style, offset, attention_scaling)
 
 
 @rope.register_fake
-def _(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, offset: int, attention_scaling: float
-) -> Tensor:
+def _(x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, offset: int, attention_scaling: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
