@@ -23,6 +23,7 @@ import torch
 import attnopt
 from attnopt.errors import AttnoptError, SourceError
 from attnopt.rewriter.safe_tensors import Outgoing, read_header, write_tensors
+from attnopt.rewriter.steps import StepStore
 from attnopt.rewriter.weights import Stored
 
 MANIFEST_NAME = "attnopt.json"
@@ -54,7 +55,7 @@ def resume_key(identity: Mapping[str, str], pipeline: str, options: Mapping[str,
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Staging:
+class Staging(StepStore):
     """The staging directory `.NAME.attnopt-staging` of an output directory NAME. Use it as a context manager.
 
     What goes into the result is written into `path`; finished steps are saved with `save` and come back after a crash.
@@ -209,20 +210,6 @@ class Staging:
                 f"the saved step {step} in {self.directory} is damaged: {error}", "give --overwrite to start again"
             ) from error
         return {key: Stored.of(header, entry) for key, entry in header.entries.items()}, content["record"]
-
-    def save_layer(
-        self, layer: int, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]
-    ) -> dict[str, Stored]:
-        """`save` for layer number `layer`."""
-        return self.save(f"layer-{layer:04d}", tensors, record)
-
-    def load_layer(self, layer: int) -> tuple[dict[str, Stored], dict[str, Any]]:
-        """`load` for layer number `layer`."""
-        return self.load(f"layer-{layer:04d}")
-
-    def layers_done(self) -> tuple[int, ...]:
-        """Numbers of the layers saved so far, ascending."""
-        return tuple(int(step[6:]) for step in self.steps_done() if step.startswith("layer-"))
 
     def _files(self, step: str) -> tuple[Path, Path]:
         return self._steps / f"{step}.safetensors", self._steps / f"{step}.json"

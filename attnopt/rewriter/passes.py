@@ -1,0 +1,271 @@
+"""Pass and Analysis: what a transformation of a Program is, and what it may rely on and must promise.
+
+A pass is a frozen dataclass whose fields, made with `option`, are its options on the command line and in pipeline text.
+
+    @dataclass(frozen=True)
+    class ToMla(Pass):
+        '''One line on what it does.'''
+        name: ClassVar[str] = "to-mla"
+        requires: ClassVar[tuple[str, ...]] = ("statistics",)
+        kv_keep: float = option(0.5, help="fraction of the cache to keep", minimum=0.01, maximum=1)
+
+        def plan(self, program, profiles): ...
+        def apply(self, program, plan, context): ...
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+
+from attnopt.errors import OptionError
+from attnopt.progress import Reporter, Silent
+from attnopt.rewriter.edit import Editor, weight_names
+from attnopt.rewriter.options import Options, build, option
+from attnopt.rewriter.program import Program
+from attnopt.rewriter.recognize import Miss
+from attnopt.rewriter.steps import MemorySteps, StepStore
+
+__all__ = ["Analysis", "Item", "Pass", "PassContext", "PassResult", "Plan", "Registry", "SitePlan", "option"]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a pass intends for one attention layer.
+
+    Attributes:
+        site: its fqn.
+        edit: what will be done, as plain data.
+        cached_numbers_per_token: cached numbers per token before and after.
+    """
+
+    site: str
+    edit: Mapping[str, Any]
+    cached_numbers_per_token: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass intends: printed by `--dry-run`, carried out by `apply`.
+
+    Attributes:
+        edits: one per attention layer that will change, in layer order.
+        misses: layers left alone, with the reason.
+        notes: anything else worth knowing, one line each.
+        memory: bytes it will need at its peak; 0 if it needs next to nothing.
+    """
+
+    edits: tuple[SitePlan, ...]
+    misses: tuple[Miss, ...] = ()
+    notes: tuple[str, ...] = ()
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did. Made with `of`, so that `changed_sites` comes from the Editor's journal.
+
+    Attributes:
+        program: the result.
+        changed_sites: attention layers that changed, in layer order.
+        misses: layers left alone, with the reason.
+        summary: facts about the run, as plain data; kept in the program's history and the manifest.
+        layers: per-layer facts, as plain data.
+    """
+
+    program: Program
+    changed_sites: tuple[str, ...]
+    misses: tuple[Miss, ...] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        editor: Editor,
+        *,
+        misses: Iterable[Miss] = (),
+        summary: Mapping[str, Any] | None = None,
+        layers: Iterable[Mapping[str, Any]] = (),
+    ) -> PassResult:
+        """Finish an editor and report what it changed."""
+        program = editor.finish()
+        return cls(program, editor.changed_sites, tuple(misses), dict(summary or {}), tuple(layers))
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may use while it runs.
+
+    Attributes:
+        workdir: keeps finished steps (see `StepStore`); in memory if the run need not survive a crash.
+        calibration: calibration text (`attnopt.profiles.calibration.Calibration`), or None.
+        device, dtype: where and in what to compute.
+        seed: for everything random.
+        reporter: takes progress.
+        resume: whether finished steps in `workdir` may be used instead of being repeated.
+        profiles: results of analyses by the name they are provided under.
+        memory_budget: bytes the pass should stay below, or None.
+    """
+
+    workdir: StepStore = field(default_factory=MemorySteps)
+    calibration: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Silent)
+    resume: bool = False
+    profiles: Mapping[str, Any] = field(default_factory=dict)
+    memory_budget: int | None = None
+
+    def replace(self, **changes: Any) -> PassContext:
+        """A context with some fields changed."""
+        return replace(self, **changes)
+
+
+class Item(Options, ABC):
+    """What can stand in a pipeline: a Pass or an Analysis.
+
+    Attributes:
+        name: in pipeline text.
+        requires: names of what must have been provided before, by an earlier item or an analysis run on demand.
+        provides: names of what is available after it.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of its docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+class Analysis(Item):
+    """Measures a Program without changing it. Its result is provided under each name in `provides`."""
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> Any:
+        """Compute the result; what it requires is in `context.profiles`."""
+
+
+class Pass(Item):
+    """Turns a Program into another one.
+
+    Attributes:
+        preserves: names of provided results that stay valid after it although it changed the program.
+        may_change_nothing: True if changing no attention layer is a legal outcome.
+        bound: largest relative change of the output the pass may cause (see `NumericCheck`); None if it is lossy.
+    """
+
+    preserves: ClassVar[tuple[str, ...]] = ()
+    may_change_nothing: ClassVar[bool] = False
+    bound: ClassVar[float | None] = None
+
+    def check(self, program: Program) -> None:
+        """Refuse a program the pass cannot work on.
+
+        Raises:
+            UnsupportedError: naming the obstacle.
+        """
+
+    @abstractmethod
+    def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
+        """What would be done: pure and cheap, without reading weights. `profiles` may be empty (`--dry-run`)."""
+
+    @abstractmethod
+    def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
+        """Do it, through an Editor. `context.profiles` holds what is required."""
+
+    def ensures(self, before: Program, after: Program) -> list[str]:
+        """Promises about the result that are broken, one line each; checked by the pipeline."""
+        return []
+
+
+def sites_differing(before: Program, after: Program) -> tuple[str, ...]:
+    """Attention layers of `after` whose facts, weights or nodes are not those of `before`, in layer order."""
+    old_nodes = {node.name for node in before.graph.nodes}
+    made_for = {
+        node.meta["attnopt"]["site"]
+        for node in after.graph.nodes
+        if node.op != "get_attr" and node.name not in old_nodes and "attnopt" in node.meta
+    }
+    result = []
+    for fqn, site in after.sites.items():
+        values = [(n, after.weights[n]) for n in weight_names(site) if n in after.weights]
+        kept = all(name in before.weights and before.weights[name] == value for name, value in values)
+        if before.sites.get(fqn) != site or not kept or fqn in made_for:
+            result.append(fqn)
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a registry: where an item is defined, without importing it.
+
+    Attributes:
+        target: "module:Class".
+        summary: one line.
+    """
+
+    target: str
+    summary: str
+
+
+class Registry:
+    """Passes and analyses by name, imported when they are first used.
+
+    Args:
+        items: by name.
+        methods: short names for pipelines, with one line each: {"mla": ("to-mla", "...")}.
+    """
+
+    def __init__(self, items: Mapping[str, Entry], methods: Mapping[str, tuple[str, str]] | None = None) -> None:
+        self.items = dict(items)
+        self.methods = dict(methods or {})
+
+    def load(self, name: str) -> type[Item]:
+        """The class of an item.
+
+        Raises:
+            OptionError: if there is none of that name; near names are listed.
+        """
+        if name not in self.items:
+            near = difflib.get_close_matches(name, [*self.items, *self.methods], n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(self.items))}"
+            if name in self.methods:
+                hint = f"{name} is a method; as a pipeline it is {self.methods[name][0]!r}"
+            raise OptionError(f"there is no pass {name!r}", hint)
+        module, _, attribute = self.items[name].target.partition(":")
+        cls: type[Item] = getattr(import_module(module), attribute)
+        if cls.name != name:
+            raise TypeError(f"{self.items[name].target} calls itself {cls.name!r}, not {name!r}")
+        return cls
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Item:
+        """An item with options named as in pipeline text.
+
+        Raises:
+            OptionError: if the name or an option is wrong.
+        """
+        item: Item = build(self.load(name), options)
+        return item
+
+    def provider(self, what: str) -> Analysis:
+        """An analysis, with its default options, that provides `what`.
+
+        Raises:
+            OptionError: if none does.
+        """
+        for name in self.items:
+            cls = self.load(name)
+            if issubclass(cls, Analysis) and what in cls.provides:
+                return cls()
+        raise OptionError(f"nothing provides {what!r}", "put the pass that does before the one that requires it")

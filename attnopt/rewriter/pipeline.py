@@ -1,0 +1,222 @@
+"""Pipeline: passes in order, with their conditions checked, analyses run on demand, and a callback in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnopt.errors import OptionError, UnsupportedError, VerificationError
+from attnopt.rewriter.options import parse
+from attnopt.rewriter.passes import Analysis, Item, Pass, PassContext, PassResult, Plan, Registry, sites_differing
+from attnopt.rewriter.program import HistoryEntry, Program
+from attnopt.rewriter.steps import ScopedSteps
+
+
+@dataclass(frozen=True)
+class Between:
+    """What an instrument sees: once before the first pass (`text` and `result` None), then after each.
+
+    Attributes:
+        index: number of passes done.
+        text: the pass just done, as pipeline text.
+        before, after: the program before and after it; the same one at the start.
+        result: what it reported.
+        item: the pass.
+        seconds: how long it took, analyses it needed included.
+    """
+
+    index: int
+    text: str | None
+    before: Program
+    after: Program
+    result: PassResult | None
+    item: Pass | None
+    seconds: float
+
+
+#: An instrument; it returns True to stop the pipeline there.
+Instrument = Callable[[Between], bool | None]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline did.
+
+    Attributes:
+        program: the result, with its history.
+        results: one per pass done.
+        stopped: True if an instrument stopped it before its end.
+    """
+
+    program: Program
+    results: tuple[PassResult, ...]
+    stopped: bool
+
+    @property
+    def changed_sites(self) -> tuple[str, ...]:
+        """Attention layers changed by any pass, in layer order."""
+        changed = {fqn for result in self.results for fqn in result.changed_sites}
+        return tuple(fqn for fqn in self.program.sites if fqn in changed)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes and analyses in the order in which they run.
+
+    Attributes:
+        items: the passes and analyses.
+        registry: where analyses that are required but not listed come from.
+    """
+
+    items: tuple[Item, ...]
+    registry: Registry = field(compare=False)
+
+    @classmethod
+    def parse(cls, text: str, registry: Registry) -> Pipeline:
+        """Read pipeline text; see `attnopt.rewriter.options` for its form.
+
+        Raises:
+            OptionError: if the text is malformed, or a pass, an option or a value is wrong.
+        """
+        return cls(tuple(registry.make(item.name, item.options) for item in parse(text)), registry).ordered()
+
+    def to_text(self, *, full: bool = False) -> str:
+        """The text that `parse` reads back; `full` writes options at their default too."""
+        return ",".join(item.to_text(full=full) for item in self.items)
+
+    def ordered(self) -> Pipeline:
+        """The same items with every provider before those that require what it provides; otherwise the order is kept.
+
+        Raises:
+            OptionError: if items require each other, or something that nothing provides.
+        """
+        rest = list(self.items)
+        done: list[Item] = []
+        while rest:
+            ready = next((item for item in rest if not self._waits(item, rest, done)), None)
+            if ready is None:
+                names = " and ".join(item.name for item in rest)
+                raise OptionError(f"{names} require each other", "leave one of them out")
+            rest.remove(ready)
+            done.append(ready)
+        for place, item in enumerate(done):
+            for need in item.requires:
+                if not any(need in other.provides for other in done[:place]):
+                    self.registry.provider(need)
+        return Pipeline(tuple(done), self.registry)
+
+    @staticmethod
+    def _waits(item: Item, rest: Sequence[Item], done: Sequence[Item]) -> bool:
+        """True if the item requires something that only items still to be placed provide."""
+        return any(
+            any(need in other.provides for other in rest if other is not item)
+            and not any(need in other.provides for other in done)
+            for need in item.requires
+        )
+
+    def plan(self, program: Program) -> list[tuple[str, Plan]]:
+        """What each pass would do to `program` as it is now: (pass text, plan). Nothing is read or computed.
+
+        Raises:
+            UnsupportedError: if a pass cannot work on it.
+        """
+        plans = []
+        for item in self.items:
+            if isinstance(item, Pass):
+                item.check(program)
+                plans.append((item.to_text(), item.plan(program, {})))
+        return plans
+
+    def run(self, program: Program, context: PassContext, instruments: Sequence[Instrument] = ()) -> PipelineResult:
+        """Run every item on `program`.
+
+        Raises:
+            UnsupportedError: if a pass cannot work on the program, or changed nothing though it should.
+            VerificationError: if a pass broke a promise or its report does not agree with what it did.
+        """
+        profiles: dict[str, Any] = dict(context.profiles)
+        established: dict[str, Any] = {}
+        results: list[PassResult] = []
+        stopped = _call(instruments, Between(0, None, program, program, None, None, 0.0))
+        for place, item in enumerate(self.items):
+            if stopped:
+                break
+            began = time.perf_counter()
+            scoped = context.replace(workdir=ScopedSteps(context.workdir, f"{place:02d}-{item.name}."))
+            self._provide(item, program, scoped, profiles)
+            scoped = scoped.replace(profiles=dict(profiles))
+            if isinstance(item, Analysis):
+                profiles.update(dict.fromkeys(item.provides, item.run(program, scoped)))
+                program = _with_history(program, item, {})
+            elif isinstance(item, Pass):
+                result = _run_pass(item, program, scoped)
+                results.append(result)
+                if result.changed_sites:  # what was measured on the old program no longer holds
+                    profiles = {what: profiles[what] for what in profiles if what in (*item.preserves, *established)}
+                established.update(dict.fromkeys(item.provides, result.summary))
+                profiles.update(established)
+                after = _with_history(result.program, item, result.summary)
+                seconds = time.perf_counter() - began
+                stopped = _call(
+                    instruments, Between(len(results), item.to_text(), program, after, result, item, seconds)
+                )
+                program = after
+        return PipelineResult(program, tuple(results), stopped)
+
+    def _provide(self, item: Item, program: Program, context: PassContext, profiles: dict[str, Any]) -> None:
+        """Run the analyses an item requires and that have no valid result."""
+        for need in item.requires:
+            if need in profiles:
+                continue
+            listed = [i for i in self.items if isinstance(i, Analysis) and need in i.provides]
+            analysis = listed[-1] if listed else self.registry.provider(need)
+            self._provide(analysis, program, context, profiles)
+            value = analysis.run(program, context.replace(profiles=dict(profiles)))
+            profiles.update(dict.fromkeys(analysis.provides, value))
+
+
+def _call(instruments: Sequence[Instrument], event: Between) -> bool:
+    """Every instrument sees every event; True if one wants to stop."""
+    stop = False
+    for instrument in instruments:
+        stop = bool(instrument(event)) or stop
+    return stop
+
+
+def _with_history(program: Program, item: Item, summary: Mapping[str, Any]) -> Program:
+    entry = HistoryEntry(item.to_text(full=True), dict(summary))
+    return program.replace(history=(*program.history, entry))
+
+
+def _run_pass(item: Pass, program: Program, context: PassContext) -> PassResult:
+    item.check(program)
+    plan = item.plan(program, context.profiles)
+    result = item.apply(program, plan, context)
+    if not result.changed_sites and not item.may_change_nothing:
+        misses = [*result.misses, *plan.misses]
+        nearest = f"; the nearest miss: {misses[0].reason}" if misses else ""
+        raise UnsupportedError(f"{item.name} changed no attention layer{nearest}", "attnopt inspect shows the layers")
+    differing = sites_differing(program, result.program)
+    if set(differing) != set(result.changed_sites):
+        raise VerificationError(
+            [
+                f"{item.name} reports changes at {', '.join(result.changed_sites) or 'no site'}, "
+                f"but the program differs at {', '.join(differing) or 'no site'}"
+            ]
+        )
+    broken = item.ensures(program, result.program)
+    if broken:
+        raise VerificationError([f"{item.name} promised: {line}" for line in broken])
+    return result
+
+
+def replay(program: Program, history: Sequence[HistoryEntry], registry: Registry, context: PassContext) -> Program:
+    """Apply a history to a program it was not applied to yet; with equal context the result is equal.
+
+    Raises:
+        OptionError: if the history names passes that no longer exist.
+    """
+    text = ",".join(entry.text for entry in history)
+    return Pipeline.parse(text, registry).run(program, context).program if text else program
