@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnopt.rewriter.passes import Entry, Registry
+from attnopt.rewriter.registry import Entry, Registry
 
 REGISTRY = Registry(
     items={

@@ -9,8 +9,9 @@ from typing import Any
 
 from attnopt.errors import OptionError, UnsupportedError, VerificationError
 from attnopt.rewriter.options import parse
-from attnopt.rewriter.passes import Analysis, Item, Pass, PassContext, PassResult, Plan, Registry, sites_differing
+from attnopt.rewriter.passes import Analysis, Item, Pass, PassContext, PassResult, Plan, sites_differing
 from attnopt.rewriter.program import HistoryEntry, Program
+from attnopt.rewriter.registry import Registry
 from attnopt.rewriter.steps import ScopedSteps
 
 
