@@ -5,6 +5,7 @@ Nothing here imports torch; the measuring process (`python -m attnopt.evaluate J
 
 from attnopt.evaluate.job import Job, ModelSpec, TextSpec
 from attnopt.evaluate.launch import evaluate
+from attnopt.evaluate.memory import peak_rss_bytes
 from attnopt.evaluate.report import apply_gate, verify_report
 
-__all__ = ["Job", "ModelSpec", "TextSpec", "apply_gate", "evaluate", "verify_report"]
+__all__ = ["Job", "ModelSpec", "TextSpec", "apply_gate", "evaluate", "peak_rss_bytes", "verify_report"]

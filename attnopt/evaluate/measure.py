@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnopt.errors import AttnoptError, SourceError
 from attnopt.evaluate.job import Job, ModelSpec
+from attnopt.evaluate.memory import peak_rss_bytes
 from attnopt.evaluate.report import WindowScores, compare
 from attnopt.evaluate.text import windows_of
 
@@ -190,11 +190,12 @@ def _mean(values: torch.Tensor) -> float:
 def _describe(job: Job, loaded: Loaded, tokenizers: list[Any]) -> dict[str, Any]:
     model = loaded.model
     cached, error = measure_cache(model)
+    stock = type(model).__module__.startswith("transformers.models.")
     return {
         "name": loaded.spec.name,
         "path": loaded.spec.path,
         "reloaded_as": type(model).__name__,
-        "runtime": f"{type(model).__module__.partition('.')[0]}, transformers {transformers.__version__}",
+        "runtime": f"transformers {transformers.__version__}" + ("" if stock else ", model code from outside it"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "cached_numbers_per_token": cached,
         "decode_error": error,
@@ -274,21 +275,3 @@ def _write_logits(job: Job, models: list[Loaded]) -> None:
     ids = torch.tensor(job.logits_ids, device=job.device)
     logits = {m.spec.name: m.model(input_ids=ids, use_cache=False).logits.float().cpu().contiguous() for m in models}
     save_file(logits, str(job.logits_file))
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far.
-
-    Linux keeps it per address space (VmHWM). getrusage's figure survives exec, so that a small child of a large parent
-    would report the parent's; it is used elsewhere for want of better.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

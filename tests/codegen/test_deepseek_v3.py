@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import module_of, tokens
+from loading import module_of, tokens
 from lossless import Variation, program_of, tiny
 
 from attnopt.codegen.hf import deepseek_v3

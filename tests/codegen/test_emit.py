@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import tokens
+from loading import module_of, tokens
 from lossless import Variation, program_of, tiny
 from safetensors.torch import load_file
 
@@ -22,7 +22,10 @@ from attnopt.codegen.hf import emit as emit_module
 from attnopt.codegen.hf import own_class
 from attnopt.codegen.hf.emit import EmittedAs, choose, emit
 from attnopt.errors import AttnoptError, OptionError, UnsupportedError
-from attnopt.rewriter.program import Program
+from attnopt.rewriter.capture import capture
+from attnopt.rewriter.program import Program, copy_graph
+from attnopt.rewriter.source import open_source
+from attnopt.rewriter.weights import Derived
 
 
 class Source:
@@ -189,3 +192,40 @@ def test_fused_and_transposed_projections_are_cut_out() -> None:
         assert torch.equal(evaluate(emission_module.bias_of(store, projection)), torch.cat([bias[2:4], bias[8:9]]))
     assert emission_module.bias_of(store, Projection("w", None, rows, 5)) is None
     assert own_class.FILES == ("configuration_attnopt.py", "modeling_attnopt.py")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_captured_program_keeps_its_other_weights(model_type: str, tied: bool, tmp_path: Path) -> None:
+    """Names, tied matrices and fused experts as capture really has them, read lazily from the source's files."""
+    source = tiny(model_type, tie_word_embeddings=tied)
+    source.save_pretrained(tmp_path)
+    captured = capture(open_source(tmp_path))
+    made = program_of(source)
+    weights = captured.weights.with_values({n: made.weights[n] for n in made.weight_names if ".self_attn." in n})
+    program = captured.replace(sites=made.sites, weights=weights)
+    ids = tokens(2, 9)
+    expected = source(ids).logits
+    for target in ("auto", "attnopt"):
+        emission, _ = choose(program, target)
+        got = module_of(emission)(ids).logits
+        assert float((got - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_a_head_that_is_no_longer_tied_is_written(tmp_path: Path) -> None:
+    source = tiny("llama", tie_word_embeddings=True)
+    source.save_pretrained(tmp_path)
+    captured = capture(open_source(tmp_path))
+    made = program_of(source)
+    values = {n: made.weights[n] for n in made.weight_names if ".self_attn." in n}
+    graph = copy_graph(captured.graph)
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        graph.create_node("get_attr", "model.embed_tokens.weight")
+    values["model.embed_tokens.weight"] = Derived.of("scale", captured.weights["lm_head.weight"], factor=2.0)
+    program = captured.replace(graph=graph, sites=made.sites, weights=captured.weights.with_values(values))
+    for target in ("deepseek_v3", "attnopt"):
+        emission, _ = choose(program, target)
+        model = module_of(emission)
+        assert torch.equal(model.lm_head.weight * 2, model.model.embed_tokens.weight)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from build import module_of, tokens
+from loading import module_of, tokens
 from lossless import EXTRA, Variation, program_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM

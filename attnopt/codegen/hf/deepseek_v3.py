@@ -17,6 +17,7 @@ from attnopt.codegen.hf.emission import (
     Refusal,
     bias_of,
     check_complete,
+    is_tied,
     outside_attention,
     typed,
     weight_of,
@@ -41,7 +42,6 @@ _KEPT = (
     "rms_norm_eps",
     "hidden_act",
     "initializer_range",
-    "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -224,7 +224,7 @@ def _other_values(program: Program) -> dict[str, Value]:
             prefix, half = name.removesuffix("gate_up_proj.weight"), program.weights.meta(name).shape[0] // 2
             values[prefix + "gate_proj.weight"] = Derived.of("rows", value, start=0, stop=half)
             values[prefix + "up_proj.weight"] = Derived.of("rows", value, start=half, stop=2 * half)
-        elif name != "lm_head.weight" or not program.config.get("tie_word_embeddings"):
+        else:
             values[name] = value
     return values
 
@@ -326,7 +326,7 @@ def _config(program: Program, dtype: torch.dtype, biased: bool) -> tuple[Any, st
     if found is None:
         raise UnsupportedError("no rope table of the stock class is this one", "use --emit attnopt")
     fields: dict[str, Any] = {name: source[name] for name in _KEPT if name in source}
-    fields |= _UNUSED_EXPERTS
+    fields |= {**_UNUSED_EXPERTS, "tie_word_embeddings": is_tied(program)}
     config = DeepseekV3Config(
         **fields,
         num_attention_heads=site.heads,

@@ -88,8 +88,22 @@ def typed(values: Mapping[str, Value], dtype: torch.dtype) -> dict[str, Value]:
     return result
 
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def is_tied(program: Program) -> bool:
+    """True if embedding and head are one matrix: the source ties them, and no pass has changed only one of them."""
+    if not program.config.get("tie_word_embeddings"):
+        return False
+    values = {program.weights[name] for name in (_EMBEDDING, _HEAD) if name in program.weight_names}
+    return len(values) == 1
+
+
 def outside_attention(program: Program) -> dict[str, Value]:
-    """Weights outside the attention layers, under their source names, without rotary tables and other constants."""
+    """Weights outside the attention layers, under their source names, without rotary tables and other constants.
+
+    A tied matrix appears once, as the embedding, whichever of its names the graph reads it by.
+    """
     inside = tuple(f"{fqn}." for fqn in program.sites)
     found = {}
     for name in program.weight_names:
@@ -97,6 +111,8 @@ def outside_attention(program: Program) -> dict[str, Value]:
         constant = bare.endswith("inv_freq") or not program.weights.meta(name).dtype.is_floating_point
         if not constant and not bare.startswith(inside):
             found[name] = program.weights[name]
+    if is_tied(program) and _HEAD in found:
+        found[_EMBEDDING] = found.pop(_HEAD)
     return found
 
 

@@ -13,6 +13,7 @@ from attnopt.codegen.hf.emission import (
     Refusal,
     bias_of,
     check_complete,
+    is_tied,
     outside_attention,
     typed,
     weight_of,
@@ -88,8 +89,6 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     tables: list[tuple[float, ...]] = []
     records: list[dict[str, Any] | None] = [None] * program.config["num_hidden_layers"]
     values = outside_attention(program)
-    if program.config.get("tie_word_embeddings"):
-        values.pop("lm_head.weight", None)
     for site in program.site_list:
         prefix = f"{site.fqn}."
         if site.latent is None:
@@ -196,7 +195,7 @@ def _config(
     dropped = ("dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path", "auto_map")
     text = {name: value for name, value in program.config.items() if name not in dropped}
     return AttnoptConfig(
-        text_config={**text, "model_type": program.model_type},
+        text_config={**text, "model_type": program.model_type, "tie_word_embeddings": is_tied(program)},
         layers=records,
         rope_tables=[list(table) for table in tables],
         dtype=dtype,
