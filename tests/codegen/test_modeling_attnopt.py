@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -257,6 +258,19 @@ assert type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__ == "AttnoptC
 assert type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__ == "AttnoptForCausalLM"
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def test_an_old_transformers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import attnopt.codegen.hf.registration as registration
+
+    def too_old(module: Any) -> None:
+        raise ImportError("cannot import name 'initialization'")
+
+    monkeypatch.setitem(registration._ACTIONS, "json", too_old)
+    monkeypatch.delitem(sys.modules, "json")
+    with pytest.warns(UserWarning, match="not available"):
+        module = importlib.import_module("json")
+    assert module.loads("[1]") == [1]
 
 
 def test_registration_where_transformers_is_loaded_already() -> None:

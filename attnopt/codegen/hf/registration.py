@@ -7,6 +7,7 @@ added at once; otherwise a finder waits for its import and adds the entry right 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -45,7 +46,11 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _ACTIONS[module.__name__](module)
+        try:
+            _ACTIONS[module.__name__](module)
+        except ImportError as error:
+            # Someone else is importing transformers here, perhaps a version too old for our class: not their problem.
+            warnings.warn(f"the attnopt model class is not available: {error}", stacklevel=2)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
