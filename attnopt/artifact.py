@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import attnopt
+from attnopt.files import write_text, writing
 from attnopt.rewriter.safe_tensors import Outgoing, write_tensors
 from attnopt.rewriter.weights import WeightStore
-from attnopt.staging import MANIFEST_NAME, Staging, resume_key, write_text, writing
+from attnopt.staging import MANIFEST_NAME, Staging, resume_key
 
 __all__ = [
     "MANIFEST_NAME",

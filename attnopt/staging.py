@@ -6,14 +6,13 @@ key goes on from there. Nothing appears at the output path before it is complete
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -22,31 +21,12 @@ import torch
 
 import attnopt
 from attnopt.errors import AttnoptError, SourceError
+from attnopt.files import sync_directory, sync_tree, write_text, writing
 from attnopt.rewriter.safe_tensors import Outgoing, read_header, write_tensors
 from attnopt.rewriter.steps import StepStore
 from attnopt.rewriter.weights import Stored
 
 MANIFEST_NAME = "attnopt.json"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that say what to do.
-
-    Raises:
-        AttnoptError: instead of OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise AttnoptError(
-                f"no space left to write {where}", "free some space or choose another place, then run again (--resume)"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise AttnoptError(f"{where} may not be written: {error.strerror}", "choose another output path") from error
-        raise AttnoptError(f"cannot write {where}: {error.strerror}", "check the output path and its disk") from error
 
 
 def resume_key(identity: Mapping[str, str], pipeline: str, options: Mapping[str, Any]) -> str:
@@ -181,7 +161,7 @@ class Staging(StepStore):
                 part.rename(file)
             finally:
                 part.unlink(missing_ok=True)
-            _sync_directory(self._steps)
+            sync_directory(self._steps)
             # The record comes last: a step without one was never finished.
             write_text(done, json.dumps({"record": dict(record), "bytes": file.stat().st_size}, sort_keys=True))
         return self.load(step)[0]
@@ -221,7 +201,7 @@ class Staging(StepStore):
             AttnoptError: if that fails; the output path is then as it was before.
         """
         with writing(self.out):
-            _sync_tree(self.path)
+            sync_tree(self.path)
             replaced = os.path.lexists(self.out)
             if replaced:
                 shutil.rmtree(self._old, ignore_errors=True)
@@ -232,7 +212,7 @@ class Staging(StepStore):
                 if replaced:
                     self._old.rename(self.out)
                 raise
-            _sync_directory(self.out.parent)
+            sync_directory(self.out.parent)
         self._finished = True
         shutil.rmtree(self._old, ignore_errors=True)
         self._remove()
@@ -274,33 +254,3 @@ class Staging(StepStore):
 
 def _outgoing_tensor(name: str, tensor: torch.Tensor) -> Outgoing:
     return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves either the old or the new one; raises OSError."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        _sync_directory(Path(folder))

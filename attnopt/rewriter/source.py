@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from attnopt.errors import SourceError, UnsupportedError
+from attnopt.progress import Reporter
 from attnopt.rewriter.checkpoint import (
     PICKLE_SUFFIXES,
     contained,
@@ -108,12 +109,13 @@ class ModelSource:
         return self._side_files
 
 
-def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+def open_source(model: str | Path, *, trust_remote_code: bool = False, reporter: Reporter | None = None) -> ModelSource:
     """Open a model and check, without reading weights, that it is whole and safe to read.
 
     Args:
         model: a Hugging Face model directory, a `.gguf` file, or a hub id.
         trust_remote_code: allow Python code in the model's directory to run.
+        reporter: takes progress of a GGUF import.
 
     Raises:
         SourceError: if it is missing, damaged, unsafe, incomplete or of an unknown kind.
@@ -124,7 +126,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelS
         if path.is_dir():
             return open_directory(path, name=path.resolve().name, trust_remote_code=trust_remote_code)
         if path.is_file():
-            return _open_file(path, trust_remote_code)
+            return _open_file(path, trust_remote_code, reporter)
     except PermissionError as error:
         raise SourceError(f"cannot read {error.filename or path}: permission denied", "allow it") from error
     if not _looks_like_hub_id(str(model)):
@@ -136,7 +138,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> ModelS
     return open_directory(fetch_snapshot(str(model)), name=str(model), trust_remote_code=trust_remote_code)
 
 
-def _open_file(path: Path, trust_remote_code: bool) -> ModelSource:
+def _open_file(path: Path, trust_remote_code: bool, reporter: Reporter | None) -> ModelSource:
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_refusal(path)
     if path.suffix != ".gguf":
@@ -145,7 +147,7 @@ def _open_file(path: Path, trust_remote_code: bool) -> ModelSource:
         )
     from attnopt.rewriter.gguf import import_gguf
 
-    imported = import_gguf(path)
+    imported = import_gguf(path, reporter)
     return open_directory(
         imported.directory,
         name=path.name,

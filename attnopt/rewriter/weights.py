@@ -316,7 +316,7 @@ def value_digest(value: Value) -> str:
     """Identity of one value as text; see `WeightStore.digest`."""
     if isinstance(value, Stored):
         stat = os.stat(value.path)
-        return f"stored {_file_digest(value.path, stat.st_size, stat.st_mtime_ns)} {value.key}"
+        return f"stored {file_digest(value.path, stat.st_size, stat.st_mtime_ns)} {value.key}"
     if isinstance(value, Derived):
         inner = ",".join(value_digest(v) for v in value.inputs)
         return hashlib.sha256(f"{value.op}({inner}){value.params!r}".encode()).hexdigest()
@@ -337,7 +337,8 @@ def _samples(size: int, count: int = 256) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+def file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Identity of a safetensors file by header, length and sampled blocks; size and time are those of its stat."""
     state = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         length = file.read(8)
