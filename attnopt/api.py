@@ -1,23 +1,22 @@
-"""One function per verb. Each returns a result from `attnopt.results` and raises `AttnoptError` for what a user can fix.
+"""One function per verb. Each returns one of `attnopt.results` and raises `AttnoptError` for what a user can fix.
 
 Nothing heavy is imported until a function is called.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from attnopt.conversion import CalibrationOptions, RunOptions, convert_model, open_and_capture, preview
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.progress import Reporter, Silent
 from attnopt.results import Conversion, Inspection, PassList, PlanPreview, Verification
-
-if TYPE_CHECKING:
-    from attnopt.rewriter.program import Program
-    from attnopt.rewriter.source import ModelSource
 
 #: The English text that every CPython ships: the help topics of `help()`.
 PYTHON_TOPICS = "pydoc_data.topics"
@@ -35,7 +34,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, reporter: Rep
         SourceError: the model cannot be read.
         UnsupportedError: one of its attention layers cannot be represented.
     """
-    source, program = _open(model, trust_remote_code, reporter or Silent())
+    source, program = open_and_capture(model, trust_remote_code, reporter or Silent())
     return Inspection(
         model=source.name,
         model_type=program.model_type,
@@ -45,16 +44,131 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, reporter: Rep
     )
 
 
-def _open(model: str | Path, trust_remote_code: bool, reporter: Reporter) -> tuple[ModelSource, Program]:
-    from attnopt.rewriter.capture import capture
-    from attnopt.rewriter.source import open_source
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    to: str = "mla",
+    method_options: Mapping[str, Any] | None = None,
+    calibration: CalibrationOptions | None = None,
+    options: RunOptions | None = None,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Rewrite a model by a method and write the result as a new model directory.
 
-    reporter.say(f"opening {model}")
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    for warning in source.warnings:
-        reporter.warn(warning)
-    reporter.say("capturing the graph")
-    return source, capture(source)
+    Args:
+        model: a Hugging Face model directory, a `.gguf` file or a hub id.
+        output: the directory to write.
+        to: the method; `list_passes` knows them.
+        method_options: options of its pass as in pipeline text, e.g. {"kv-keep": 0.5}.
+        calibration, options, reporter: see `run_pipeline`.
+
+    Raises:
+        AttnoptError: as `run_pipeline`.
+    """
+    result = run_pipeline(
+        model,
+        method_pipeline(to, method_options or {}),
+        output,
+        calibration=calibration,
+        options=replace(options or RunOptions(), dry_run=False),
+        reporter=reporter,
+    )
+    assert isinstance(result, Conversion)
+    return result
+
+
+def method_pipeline(method: str, options: Mapping[str, Any]) -> str:
+    """The pipeline text that a method stands for.
+
+    Args:
+        method: its name, e.g. "mla".
+        options: of its pass, by their names in pipeline text; those that are None are left at their defaults.
+
+    Raises:
+        OptionError: there is no such method, or an option is wrong.
+    """
+    from attnopt.passes.registry import REGISTRY
+    from attnopt.rewriter.options import parse
+
+    if method not in REGISTRY.methods:
+        near = difflib.get_close_matches(method, list(REGISTRY.methods), n=1, cutoff=0.4)
+        raise OptionError(
+            f"there is no method {method!r}",
+            f"did you mean {near[0]}?" if near else f"there are: {', '.join(REGISTRY.methods)}",
+        )
+    items = parse(REGISTRY.methods[method][0])
+    given = {name: value for name, value in options.items() if value is not None}
+    # A method's options are those of its last pass; the passes before it prepare.
+    made = [REGISTRY.make(item.name, item.options) for item in items[:-1]]
+    made.append(REGISTRY.make(items[-1].name, {**items[-1].options, **given}))
+    return ",".join(item.to_text() for item in made)
+
+
+def run_pipeline(
+    model: str | Path,
+    pipeline: str,
+    output: str | Path | None,
+    *,
+    calibration: CalibrationOptions | None = None,
+    options: RunOptions | None = None,
+    reporter: Reporter | None = None,
+) -> Conversion | PlanPreview:
+    """Run a pipeline of passes on a model and write the result as a new model directory.
+
+    Args:
+        model: a Hugging Face model directory, a `.gguf` file or a hub id.
+        pipeline: its text, e.g. "to-mla{kv-keep=0.5}".
+        output: the directory to write; not needed for `options.dry_run`.
+        calibration: what to calibrate on; by default text that the model writes itself.
+        options: how to run; with `dry_run` the plan is returned and nothing is read or written.
+        reporter: told of progress.
+
+    Raises:
+        OptionError: the pipeline or an option is wrong.
+        SourceError: the model or a text cannot be read.
+        UnsupportedError: a pass cannot work on this model, or no target can hold the result.
+        AttnoptError: the output exists or cannot be written, or memory will not do.
+    """
+    from attnopt.passes.registry import REGISTRY
+    from attnopt.rewriter.pipeline import Pipeline
+
+    calibration, options, reporter = calibration or CalibrationOptions(), options or RunOptions(), reporter or Silent()
+    parsed = Pipeline.parse(pipeline, REGISTRY)
+    if options.dry_run:
+        return preview(model, parsed, calibration, options, reporter)
+    if output is None:
+        raise OptionError("no output directory given", "give one with -o OUT, or --dry-run to see what would be done")
+    return convert_model(model, parsed, Path(output), calibration, options, reporter)
+
+
+def list_passes() -> PassList:
+    """Every pass and method, with options and what they need."""
+    from dataclasses import MISSING
+
+    from attnopt.passes.registry import REGISTRY
+    from attnopt.rewriter.options import option_specs
+
+    passes = []
+    for name, entry in REGISTRY.items.items():
+        cls = REGISTRY.load(name)
+        options = [
+            {
+                "name": spec.name,
+                "type": spec.kind,
+                "default": None if spec.default is MISSING else spec.default,
+                "required": spec.default is MISSING,
+                "help": spec.help,
+            }
+            for spec in option_specs(cls)
+        ]
+        needs = {"requires": list(cls.requires), "provides": list(cls.provides)}
+        passes.append({"name": name, "summary": entry.summary, "options": options, **needs})
+    methods = [
+        {"name": name, "pipeline": pipeline, "summary": summary}
+        for name, (pipeline, summary) in REGISTRY.methods.items()
+    ]
+    return PassList(tuple(passes), tuple(methods))
 
 
 def verify(
@@ -122,8 +236,13 @@ def _python_topics(folder: Path) -> Path:
 
 
 def _original_of(output: Path) -> str:
+    """The model that a directory's manifest says it was made from."""
     from attnopt.staging import MANIFEST_NAME
 
-    raise OptionError(
-        f"{output / MANIFEST_NAME} does not say what it was made from", "name the original with --against"
-    )
+    path = output / MANIFEST_NAME
+    hint = "name the original with --against MODEL"
+    try:
+        original = json.loads(path.read_text(encoding="utf-8"))["run"]["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AttnoptError(f"{path} does not say what {output} was made from", hint) from error
+    return str(original)

@@ -44,7 +44,7 @@ class Emit(StrEnum):
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result, warnings and errors")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="say more; show tracebacks")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the libraries' warnings, and tracebacks")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that the model directory brings")]
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="directory to write")]
@@ -158,7 +158,7 @@ def convert(
         "recover": recover,
         "force": force or None,
     }
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
         from attnopt import api
 
         pipeline = api.method_pipeline(to, method_options)
@@ -208,7 +208,7 @@ def run(
     verbose: Verbose = False,
 ) -> int:
     """Run a pipeline of passes on a model. The result is a new model directory."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
         from attnopt import api
 
         result = api.run_pipeline(
@@ -297,7 +297,7 @@ def demo(
     verbose: Verbose = False,
 ) -> int:
     """Convert a real model and compare, in minutes. From nothing but packages, to half the cache."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+    with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
         from attnopt.demo import run_demo
 
         return session.show(

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class RateColumn(ProgressColumn):
-    """How many of its units a bar gets done per second; layer bars also say what that is in calibration tokens."""
+    """What a bar gets done per second. For bars over layers that is calibration tokens through the whole model."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.tokens_per_layer = 0.0
+        self.tokens = tokens
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields.get("unit", ""))
         speed = task.finished_speed or task.speed
         if not speed:
             return Text("")
-        if unit.startswith("layer") and self.tokens_per_layer:
-            speed, unit = speed * self.tokens_per_layer, "tokens"
+        if unit.startswith("layer") and self.tokens and task.total:
+            speed, unit = speed * self.tokens / task.total, "tokens"
         return Text(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.1f} {unit}/s", style="dim")
 
 
@@ -36,20 +36,15 @@ class TerminalReporter:
 
     Args:
         quiet: say nothing but warnings.
-        verbose: also print what is only said in detail.
+        tokens: how many go through the layers, so that bars over layers can show tokens per second.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, tokens: int = 0) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
-        self.verbose = verbose
-        self._rate = RateColumn()
+        self._rate = RateColumn(tokens)
         self._progress: Progress | None = None
         self._open: set[int] = set()
-
-    def expect(self, *, layers: int, tokens: int) -> None:
-        """Tell how many tokens go through how many layers, so that bars over layers can show tokens per second."""
-        self._rate.tokens_per_layer = tokens / layers if layers else 0.0
 
     def start(self, title: str, total: int, unit: str) -> int:
         if self.quiet or not self.console.is_terminal:

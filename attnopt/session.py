@@ -46,15 +46,16 @@ class Session:
     Args:
         json: print results as JSON.
         quiet: no progress, short results.
-        verbose: more talk, and the warnings of the libraries underneath.
+        verbose: also the warnings of the libraries underneath.
+        tokens: calibration tokens, for the progress bars.
     """
 
-    def __init__(self, *, json: bool, quiet: bool, verbose: bool) -> None:
+    def __init__(self, *, json: bool, quiet: bool, verbose: bool, tokens: int = 0) -> None:
         from attnopt.render import TerminalReporter
 
         self.json = json
         self.quiet = quiet
-        self.reporter: TerminalReporter = TerminalReporter(quiet=quiet, verbose=verbose)
+        self.reporter: TerminalReporter = TerminalReporter(quiet=quiet, tokens=tokens)
         self._stdout = sys.stdout
         self._redirect = contextlib.redirect_stdout(sys.stderr)
         if not verbose:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from attnopt.errors import OptionError, SourceError, UnsupportedError
 from attnopt.progress import Reporter, Silent, bar
@@ -36,15 +36,15 @@ class Calibration:
     """Token windows to calibrate with.
 
     Attributes:
-        windows: [n, context], for statistics.
-        selection: [m, context], disjoint from `windows`, for choosing between results.
+        windows: int64 [n, context], for statistics.
+        selection: int64 [m, context], disjoint from `windows`, for choosing between results.
         source: "self", or the file names.
         sha256: hash of all token ids and of how they are divided.
         seed: of the sampling.
     """
 
-    windows: LongTensor
-    selection: LongTensor
+    windows: Tensor
+    selection: Tensor
     source: str
     sha256: str
     seed: int
@@ -80,7 +80,7 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     digest = hashlib.sha256(repr((tuple(windows.shape), tuple(selection.shape))).encode())
     for pool in (windows, selection):
         digest.update(pool.numpy().astype("<i8").tobytes())
-    return Calibration(windows, selection, source, digest.hexdigest(), seed)  # type: ignore[arg-type]
+    return Calibration(windows, selection, source, digest.hexdigest(), seed)
 
 
 def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0) -> Calibration:

@@ -1,0 +1,380 @@
+"""The work behind `convert` and `run`: open, capture, plan, calibrate, run the passes, write, move into place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.errors import AttnoptError, OptionError
+from attnopt.progress import Reporter
+from attnopt.results import Conversion, PlanPreview
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnopt.profiles.calibration import Calibration
+    from attnopt.rewriter.instruments import NumericCheck
+    from attnopt.rewriter.passes import Plan
+    from attnopt.rewriter.pipeline import Instrument, Pipeline, PipelineResult
+    from attnopt.rewriter.program import Program
+    from attnopt.rewriter.source import ModelSource
+    from attnopt.staging import Staging
+
+#: Types weights can be written in; "auto" is the source's.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: Name under which text that the model wrote is kept in the staging directory, so that it need not write it again.
+CALIBRATION_STEP = "calibration"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on.
+
+    Attributes:
+        files: plain text files; the model writes the text itself if empty.
+        tokens: how much, in tokens, the part kept for choosing included.
+        context: tokens in a window.
+        seed: of the sampling and of everything else random.
+    """
+
+    files: tuple[Path, ...] = ()
+    tokens: int = 32768
+    context: int = 512
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, calib: Sequence[str] | None, tokens: int, context: int, seed: int) -> CalibrationOptions:
+        """From what is given to `--calib`: "self" (or nothing), or files.
+
+        Raises:
+            OptionError: if both are given.
+        """
+        given = list(calib or ["self"])
+        if given == ["self"]:
+            return cls((), tokens, context, seed)
+        if "self" in given:
+            raise OptionError(
+                "--calib self cannot be combined with files", "give --calib self or --calib FILE, not both"
+            )
+        return cls(tuple(Path(name) for name in given), tokens, context, seed)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run and what to write.
+
+    Attributes:
+        emit: "auto", "deepseek_v3" or "attnopt".
+        device: "auto", "cpu" or "cuda[:N]".
+        dtype: type of the written weights, one of `DTYPES`.
+        memory_budget: gigabytes; what is predicted to need more is refused.
+        dry_run: only plan.
+        resume: go on with an unfinished run.
+        overwrite: replace an existing output.
+        check_each: compare the logits before and after every pass.
+        trust_remote_code: run Python code that the model directory brings.
+    """
+
+    emit: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_budget: float | None = None
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    check_each: bool = False
+    trust_remote_code: bool = False
+
+
+def preview(
+    model: str | Path, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions, reporter: Reporter
+) -> PlanPreview:
+    """What a conversion would do. Weights are not read and nothing is written."""
+    source, program = open_and_capture(model, options.trust_remote_code, reporter)
+    plans = pipeline.plan(program)
+    after = program.cached_numbers_per_token
+    for _, plan in plans:
+        after += sum(edit.cached_numbers_per_token[1] - edit.cached_numbers_per_token[0] for edit in plan.edits)
+    layers = [
+        {
+            "pass": text,
+            "site": edit.site,
+            **edit.edit,
+            "cached_numbers_per_token": dict(zip(("before", "after"), edit.cached_numbers_per_token, strict=True)),
+        }
+        for text, plan in plans
+        for edit in plan.edits
+    ]
+    return PlanPreview(
+        model=source.name,
+        pipeline=pipeline.to_text(),
+        notes=_plan_notes([plan for _, plan in plans]),
+        layers=tuple(layers),
+        cached_before=program.cached_numbers_per_token,
+        cached_after=after,
+        memory_bytes=predict_memory(program, [plan for _, plan in plans], calibration),
+    )
+
+
+def _plan_notes(plans: Sequence[Plan]) -> tuple[str, ...]:
+    notes = [note for plan in plans for note in plan.notes]
+    return (*notes, *(f"left alone: {miss.reason}" for plan in plans for miss in plan.misses))
+
+
+def open_and_capture(model: str | Path, trust_remote_code: bool, reporter: Reporter) -> tuple[ModelSource, Program]:
+    """A model and its Program. Weights are not read."""
+    source = open_model(model, trust_remote_code, reporter)
+    return source, capture_model(source, reporter)
+
+
+def open_model(model: str | Path, trust_remote_code: bool, reporter: Reporter) -> ModelSource:
+    """Open a model and pass its warnings on."""
+    from attnopt.rewriter.source import open_source
+
+    reporter.say(f"opening {model}")
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    for warning in source.warnings:
+        reporter.warn(warning)
+    return source
+
+
+def capture_model(source: ModelSource, reporter: Reporter) -> Program:
+    """Capture an opened model."""
+    from attnopt.rewriter.capture import capture
+
+    reporter.say("capturing its graph")
+    return capture(source)
+
+
+def predict_memory(program: Program, plans: Sequence[Plan], calibration: CalibrationOptions) -> int:
+    """Bytes at the peak: this process, one layer in float32, the hidden states of the text, and what a pass asks for.
+
+    If the model writes its calibration text itself, it is in memory as a whole before; the larger phase counts.
+    """
+    from attnopt.profiles.calibration import sampling_dtype
+    from attnopt.rewriter.segments import assign_segments
+
+    segments = assign_segments(program)
+    weights: dict[int, set[str]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                weights.setdefault(segments.get(user, 0), set()).add(str(node.target))
+    largest = max(sum(program.weights.meta(name).numel for name in names) for names in weights.values())
+    width = max(site.o.out_features for site in program.site_list)
+    hidden = 2 * 4 * calibration.tokens * width
+    layerwise = 4 * largest + hidden + max((plan.memory for plan in plans), default=0)
+    sampling = 0 if calibration.files else program.parameters * sampling_dtype("cpu").itemsize
+    return resident_bytes() + max(layerwise, sampling)
+
+
+def resident_bytes() -> int:
+    """Resident size of this process now; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def convert_model(
+    model: str | Path,
+    pipeline: Pipeline,
+    output: Path,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    reporter: Reporter,
+) -> Conversion:
+    """Run a pipeline on a model and write the result."""
+    from attnopt.artifact import Manifest
+    from attnopt.codegen.hf.emit import emit
+    from attnopt.evaluate.measure import peak_rss_bytes
+    from attnopt.staging import Staging, resume_key
+
+    began = time.perf_counter()
+    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
+    source = open_model(model, options.trust_remote_code, reporter)
+    text = _from_files(source, calibration) if calibration.files else None
+    settings = {
+        "calibration": _describe(calibration, text),
+        "emit": options.emit,
+        "dtype": options.dtype,
+        "device": device.type,
+        "seed": calibration.seed,
+    }
+    key = resume_key(source.identity, pipeline.to_text(full=True), settings)
+    paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
+    with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
+        program = capture_model(source, reporter)
+        _refuse_beyond_budget(program, pipeline, calibration, options)
+        if text is None:
+            text = _self_written(source, calibration, options, device, staging, reporter)
+        settings["calibration"] = _describe(calibration, text)
+        result, check = _run_passes(program, pipeline, text, device, options, staging, reporter)
+        emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
+        cached = (program.cached_numbers_per_token, emitted.cached_numbers_per_token)
+        parameters = (program.parameters, emitted.parameters)
+        Manifest(
+            source=source.identity,
+            pipeline=pipeline.to_text(),
+            options=settings,
+            emitted_as=emitted.target,
+            sites_changed=len(result.changed_sites),
+            cached_numbers_per_token=cached,
+            parameters=parameters,
+            layers=[layer for one in result.results for layer in one.layers],
+            run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
+        ).write(staging.path)
+        staging.finish()
+    notes = [*emitted.notes, *(f"left alone: {miss.reason}" for one in result.results for miss in one.misses)]
+    if emitted.refused is not None:
+        notes.append(f"written for attnopt's own class because {emitted.refused}")
+    if check is not None:
+        notes += [f"{change.text} changed the logits by {change.relative:.2e} (relative)" for change in check.changes]
+    return Conversion(
+        output=str(output),
+        emitted_as=emitted.target,
+        sites_changed=len(result.changed_sites),
+        cached_before=cached[0],
+        cached_after=cached[1],
+        parameters_before=parameters[0],
+        parameters_after=parameters[1],
+        pipeline=pipeline.to_text(),
+        seconds=time.perf_counter() - began,
+        peak_rss_bytes=peak_rss_bytes(),
+        notes=tuple(notes),
+        details={
+            "architecture": emitted.architecture,
+            "calibration": settings["calibration"],
+            "summary": {entry.text: dict(entry.summary) for entry in result.program.history},
+        },
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the processor.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"there is no device {name!r}", "give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {name!r} is not supported", "give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"this machine has no {name}", "give --device cpu, or auto to take what there is")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """The type weights are written in; None stands for the source's.
+
+    Raises:
+        OptionError: weights are not written in such a type.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise OptionError(f"weights cannot be written as {name!r}", f"give one of {', '.join(DTYPES)}")
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _from_files(source: ModelSource, calibration: CalibrationOptions) -> Calibration:
+    from attnopt.profiles.calibration import from_files
+
+    return from_files(source.tokenizer(), calibration.files, calibration.tokens, calibration.context, calibration.seed)
+
+
+def _self_written(
+    source: ModelSource,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    device: torch.device,
+    staging: Staging,
+    reporter: Reporter,
+) -> Calibration:
+    """Text that the model writes, or wrote before the run was interrupted."""
+    from attnopt.profiles.calibration import Calibration, self_sampled
+    from attnopt.rewriter.weights import WeightStore
+
+    if CALIBRATION_STEP in staging.steps_done():
+        values, record = staging.load(CALIBRATION_STEP)
+        saved = WeightStore(values)
+        return Calibration(saved.get("windows"), saved.get("selection"), **record)
+    reporter.say(f"the model writes {calibration.tokens:,} tokens of calibration text")
+    text = self_sampled(
+        source,
+        calibration.tokens,
+        calibration.context,
+        calibration.seed,
+        device=str(device),
+        memory_budget=options.memory_budget * 1e9 if options.memory_budget else None,
+        reporter=reporter,
+    )
+    pools = {"windows": text.windows, "selection": text.selection}
+    staging.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
+    return text
+
+
+def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
+    """The calibration as plain data. What the model will write is determined by the rest."""
+    found: dict[str, Any] = {"source": "self", "tokens": calibration.tokens, "context": calibration.context}
+    if text is not None:
+        found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
+    return found
+
+
+def _refuse_beyond_budget(
+    program: Program, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions
+) -> None:
+    """Plan before anything is computed: what a pass cannot do, or memory cannot hold, is refused now."""
+    plans = [plan for _, plan in pipeline.plan(program)]
+    if options.memory_budget is None:
+        return
+    needed = predict_memory(program, plans, calibration)
+    if needed > options.memory_budget * 1e9:
+        raise AttnoptError(
+            f"this needs about {needed / 1e9:.1f} GB of memory, more than the budget of {options.memory_budget:g} GB",
+            "use fewer --calib-tokens, give text with --calib FILE (then the model is not held as a whole), "
+            "or raise --memory-budget",
+        )
+
+
+def _run_passes(
+    program: Program,
+    pipeline: Pipeline,
+    text: Calibration,
+    device: torch.device,
+    options: RunOptions,
+    staging: Staging,
+    reporter: Reporter,
+) -> tuple[PipelineResult, NumericCheck | None]:
+    from attnopt.rewriter.instruments import NumericCheck, Verify
+    from attnopt.rewriter.passes import PassContext
+
+    check = NumericCheck({"input_ids": text.selection[:1]}, device=device) if options.check_each else None
+    context = PassContext(
+        workdir=staging,
+        calibration=text,
+        device=device,
+        seed=text.seed,
+        reporter=reporter,
+        resume=options.resume,
+        memory_budget=int(options.memory_budget * 1e9) if options.memory_budget else None,
+    )
+    instruments: list[Instrument] = [Verify()]
+    if check is not None:
+        instruments.append(check)
+    return pipeline.run(program, context, instruments), check
