@@ -203,6 +203,8 @@ def test_config_refuses_what_the_class_cannot_compute(change: dict[str, Any], me
 def test_config_refuses_other_semantics_architectures_and_counts() -> None:
     config = own_class.build(program_of(tiny("llama"))).config
     text, tables = config["text_config"], config["rope_tables"]
+    with pytest.raises(ValueError, match=r"unknown fields \['layer_gates'\]"):
+        AttnoptConfig(text, config["layers"], tables, layer_gates=[1, 2])
     with pytest.raises(ValueError, match="latent_norm"):
         AttnoptConfig(text, config["layers"], tables, {**SEMANTICS, "latent_norm": "rms"})
     with pytest.raises(ValueError, match="gpt2"):

@@ -40,6 +40,19 @@ _LAYER_FIELDS = {
     "kv_a_bias": bool,
     "o_bias": bool,
 }
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+# Keys that transformers itself puts into a config or passes to its constructor, besides its own fields.
+_ACCEPTED = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "use_cache",
+}
 _NORMED_FIELDS = {"kv_heads": int, "d_qk": int, "d_kv_value": int, "norm_eps": float, "kv_bias": bool}
 
 
@@ -73,6 +86,13 @@ class AttnoptConfig(PretrainedConfig):
         semantics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        unknown = [
+            key
+            for key in kwargs
+            if not (key.startswith("_") or key in _ACCEPTED or key in _TOKENS or hasattr(PretrainedConfig, key))
+        ]
+        if unknown:
+            raise ValueError(f"attnopt config: unknown fields {sorted(unknown)}")
         if text_config is None:
             # transformers builds a default config to find what differs from it when saving; a one-layer Llama will do.
             text_config = {"model_type": "llama", "num_hidden_layers": 1}
@@ -83,7 +103,7 @@ class AttnoptConfig(PretrainedConfig):
         self.layers = layers if layers is not None else [None] * text_config.num_hidden_layers
         self.rope_tables = rope_tables or []
         self.semantics = dict(SEMANTICS) if semantics is None else semantics
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        for name in _TOKENS:
             kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
         self.check()

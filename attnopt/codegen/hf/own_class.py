@@ -21,7 +21,7 @@ from attnopt.codegen.hf.emission import (
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projection
-from attnopt.rewriter.weights import Derived, Value
+from attnopt.rewriter.weights import Derived, Value, meta_of
 
 TARGET = "attnopt"
 FILES = ("configuration_attnopt.py", "modeling_attnopt.py")
@@ -44,7 +44,7 @@ def _obstacles(program: Program) -> Iterator[str]:
         latent, mask = site.latent, site.mask
         if latent is None:
             continue
-        if latent.q is None or latent.kv_a_norm is not None:
+        if (latent.q is None and site.q is None) or latent.q_a is not None or latent.kv_a_norm is not None:
             yield f"layer {site.layer}: queries are compressed or the latent is normalised"
         if site.rope is None or site.rope.style != "interleaved" or site.rope.dim != latent.d_rope:
             yield f"layer {site.layer}: the rotary part is not interleaved or not of the declared width"
@@ -182,7 +182,7 @@ def _fold_scaling(tensors: dict[str, Value], heads: int, latent: LatentSpec, d_q
         if latent.encoder == "hidden" and f"q_proj.{part}" in tensors:
             tensors[f"q_proj.{part}"] = scaled(tensors[f"q_proj.{part}"], heads, latent.d_nope)
     if latent.encoder == "normed_kv":
-        d = latent.q.out_features // heads if latent.q else 0
+        d = meta_of(tensors["q_map.weight"]).shape[-1]
         flat = Derived.of("reshape", tensors["q_map.weight"], shape=(heads * d_q, d))
         tensors["q_map.weight"] = Derived.of("reshape", scaled(flat, heads, latent.d_nope), shape=(heads, d_q, d))
 
