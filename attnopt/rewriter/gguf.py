@@ -17,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,14 @@ def _write_import(path: Path, sha256: str, directory: Path, reporter: Reporter) 
     with _parsed_once(reader):
         config, facts = _config(path, reader)
         tokenizer = _tokenizer(path)
-    cls = model_class(config, directory)
+        cls = model_class(config, directory)
+        outgoing = _tensors(path, reader, build_skeleton(cls, config), facts)
     config.architectures = [cls.__name__]
     config.dtype = torch.float32
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    outgoing = _tensors(path, reader, build_skeleton(cls, config), facts)
     with bar(reporter, "dequantising", len(outgoing), "tensors") as handle:
         write_tensors(directory / "model.safetensors", [_reported(t, reporter, handle) for t in outgoing])
     files = {file.name: _digest(file) for file in sorted(directory.iterdir())}
@@ -184,15 +185,19 @@ _PARSING = threading.Lock()
 
 @contextlib.contextmanager
 def _parsed_once(reader: gguf.GGUFReader) -> Iterator[None]:
-    """While open, transformers gets this reader instead of parsing the file again; it takes a path only."""
+    """While open, transformers gets this reader instead of parsing the file again; it takes a path only.
+
+    It also asks for the map of tensor names once per module of the model, and making one costs 60 ms: it is kept.
+    """
+    module: Any = gguf
     with _PARSING:
-        module: Any = gguf
-        original = module.GGUFReader
+        original = module.GGUFReader, module.get_tensor_name_map
         module.GGUFReader = lambda path, *args, **kwargs: reader
+        module.get_tensor_name_map = lru_cache(original[1])
         try:
             yield
         finally:
-            module.GGUFReader = original
+            module.GGUFReader, module.get_tensor_name_map = original
 
 
 def _config(path: Path, reader: gguf.GGUFReader) -> tuple[PretrainedConfig, dict[str, Any]]:
