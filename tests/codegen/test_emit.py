@@ -20,7 +20,7 @@ from attnopt.artifact import Staging
 from attnopt.codegen.hf import emission as emission_module
 from attnopt.codegen.hf import emit as emit_module
 from attnopt.codegen.hf import own_class
-from attnopt.codegen.hf.emit import EmittedAs, choose, emit
+from attnopt.codegen.hf.emit import EmittedAs, check_source, choose, emit
 from attnopt.errors import AttnoptError, OptionError, UnsupportedError
 from attnopt.rewriter.capture import capture
 from attnopt.rewriter.program import Program, copy_graph
@@ -69,6 +69,27 @@ def test_choices_that_cannot_be() -> None:
     nothing = program_of(tiny("llama"), variations={i: Variation(skip=True) for i in (0, 1)})
     with pytest.raises(UnsupportedError, match="no attention layer is mla"):
         choose(nothing)
+
+
+def test_what_can_never_be_written_is_refused_before_the_work() -> None:
+    plain = {i: Variation(skip=True) for i in (0, 1)}
+    llama, mixtral = (program_of(tiny(name), variations=plain) for name in ("llama", "mixtral"))
+    for target in ("auto", "deepseek_v3", "attnopt"):
+        check_source(llama, target)
+    for target in ("auto", "attnopt"):
+        check_source(mixtral, target)
+    with pytest.raises(UnsupportedError, match="mixture-of-experts") as caught:
+        check_source(mixtral, "deepseek_v3")
+    assert "--emit attnopt" in caught.value.hint
+    windowed = program_of(tiny("mistral", sliding_window=4), variations=plain)
+    check_source(windowed, "auto")
+    with pytest.raises(UnsupportedError, match="window"):
+        check_source(windowed, "deepseek_v3")
+    for target in ("auto", "attnopt", "deepseek_v3"):
+        with pytest.raises(UnsupportedError, match="gpt2"):
+            check_source(llama.replace(model_type="gpt2"), target)
+    with pytest.raises(OptionError):
+        check_source(llama, "onnx")
 
 
 def logits_without_attnopt(directory: Path, cache: Path, remote: bool) -> torch.Tensor:

@@ -32,6 +32,15 @@ def test_float32_error_is_at_rounding(channels: int, size: float) -> None:
     assert (out[:, -1].double() / lane.value - 1).abs().max() < lane.shortfall + 1e-6
 
 
+def test_the_constants_are_exact_in_every_type() -> None:
+    """A model written in float32 may be loaded in bfloat16."""
+    for channels in (3, 15, 143, 575):
+        lane = make_lane(channels, 77.0, torch.float32)
+        for value in (lane.bias, lane.weight, lane.lane_weight):
+            assert float(torch.tensor(value).bfloat16()) == value
+        assert abs(lane.gain - 1) < 2**-8
+
+
 def test_the_lane_has_the_size_that_was_asked_for() -> None:
     for typical in (0.02, 1.0, 37.0):
         lane = make_lane(143, 50.0, torch.float32, typical)

@@ -109,7 +109,8 @@ def can_emit(program: Program, dtype: torch.dtype | None = None) -> Refusal | No
     return Refusal(TARGET, tuple(reasons)) if reasons else None
 
 
-def _obstacles(program: Program) -> Iterator[str]:
+def source_obstacles(program: Program) -> Iterator[str]:
+    """What in a model, converted or not, the stock class cannot hold, whatever becomes of its attention layers."""
     config, sites = program.config, program.site_list
     if program.model_type in _MOE:
         yield f"the mixture-of-experts blocks of {program.model_type} are not DeepSeek-V3's"
@@ -121,6 +122,16 @@ def _obstacles(program: Program) -> Iterator[str]:
         yield "the MLP has biases"
     if len(sites) != config.get("num_hidden_layers"):
         yield f"{len(sites)} attention layers in a model of {config.get('num_hidden_layers')} layers"
+    for site in sites:
+        mask = site.mask
+        if not mask.causal or mask.window or mask.softcap or mask.sinks or mask.bias or mask.alibi:
+            yield f"layer {site.layer}: the mask is not plain causal (a window, softcap, sinks or bias)"
+            break
+
+
+def _obstacles(program: Program) -> Iterator[str]:
+    yield from source_obstacles(program)
+    config, sites = program.config, program.site_list
     for site in sites:
         reasons = [f"layer {site.layer}: {reason}" for reason in _site_obstacles(site)]
         yield from reasons
@@ -147,7 +158,7 @@ def _obstacles(program: Program) -> Iterator[str]:
 
 
 def _site_obstacles(site: AttentionSite) -> Iterator[str]:
-    latent, mask = site.latent, site.mask
+    latent = site.latent
     if latent is None:
         yield f"attention is {site.kind}, not mla"
         return
@@ -159,8 +170,6 @@ def _site_obstacles(site: AttentionSite) -> Iterator[str]:
         yield "the latent has no constant lane to neutralise the class's norm"
     if site.rope is None or site.rope.style != "interleaved" or site.rope.dim != latent.d_rope:
         yield "the rotary part is not the class's"
-    if not mask.causal or mask.window or mask.softcap or mask.sinks or mask.bias or mask.alibi:
-        yield "the mask is not plain causal (a window, softcap, sinks or bias)"
 
 
 def build(program: Program, dtype: torch.dtype | None = None) -> Emission:

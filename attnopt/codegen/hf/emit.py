@@ -51,6 +51,28 @@ class EmittedAs:
     refused: Refusal | None = None
 
 
+def check_source(program: Program, emit: str = "auto") -> None:
+    """Refuse a target before hours of conversion rather than after them.
+
+    Args:
+        program: a Program as captured; its attention layers need not be converted.
+        emit: see `choose`.
+
+    Raises:
+        OptionError: an unknown `emit`.
+        UnsupportedError: nothing that a conversion can do will make this model fit the class asked for, or any.
+    """
+    if emit not in TARGETS:
+        raise OptionError(f"unknown target {emit!r}", f"use one of {', '.join(TARGETS)}")
+    stock = tuple(deepseek_v3.source_obstacles(program))
+    own = tuple(own_class.source_obstacles(program))
+    if emit == deepseek_v3.TARGET and stock:
+        hint = "use --emit attnopt" if not own else "only the listed architectures can be written"
+        raise UnsupportedError(str(Refusal(emit, stock)), hint)
+    if own and (emit == own_class.TARGET or stock):
+        raise UnsupportedError(str(Refusal(own_class.TARGET, own)), "only the listed architectures can be written")
+
+
 def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = None) -> tuple[Emission, Refusal | None]:
     """Decide on the class and map the Program to it, without reading more than the latent encoders.
 

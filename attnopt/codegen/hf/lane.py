@@ -30,7 +30,7 @@ class Lane:
 
     Attributes:
         channels: latent channels without the lane.
-        bias: B, the lane's value before the norm (exact in the target type).
+        bias: B, the lane's value before the norm; exact in bfloat16, and so in every type that is written.
         weight: norm weight of the channels, a power of two.
         lane_weight: norm weight of the lane, a power of two.
         gain: what the norm multiplies the channels by, close to 1.
@@ -73,7 +73,8 @@ def make_lane(channels: int, bound: float, dtype: torch.dtype, typical: float = 
             "write the model in bfloat16 or float32 (--dtype bfloat16), or use --emit attnopt",
         )
     weight = 2.0 ** math.ceil(math.log2(headroom * bound / math.sqrt(width)))
-    bias = float(torch.tensor(weight * math.sqrt(width), dtype=torch.float64).to(dtype))
+    # Eight significant bits: exact in every type, so that a model written in float32 and loaded in bfloat16 keeps B.
+    bias = float(torch.tensor(weight * math.sqrt(width), dtype=torch.float64).to(torch.bfloat16))
     rms = math.sqrt(bias**2 / width + NORM_EPS)
     lane_weight = 2.0 ** round(math.log2((typical or 1.0) / math.sqrt(width)))
     normal = torch.tensor(bias / rms, dtype=torch.float64).to(dtype)

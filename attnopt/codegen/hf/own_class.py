@@ -33,11 +33,16 @@ def can_emit(program: Program) -> Refusal | None:
     return Refusal(TARGET, reasons) if reasons else None
 
 
-def _obstacles(program: Program) -> Iterator[str]:
+def source_obstacles(program: Program) -> Iterator[str]:
+    """What in a model, converted or not, our class cannot hold."""
     from attnopt.codegen.hf.configuration_attnopt import BACKBONES
 
     if program.model_type not in BACKBONES:
         yield f"architecture {program.model_type} is not one of {', '.join(BACKBONES)}"
+
+
+def _obstacles(program: Program) -> Iterator[str]:
+    yield from source_obstacles(program)
     if not any(site.latent for site in program.site_list):
         yield "no attention layer is mla"
     for site in program.site_list:
