@@ -1,11 +1,12 @@
 """Tiny random models of every family attnopt knows: fixed configs, fixed seeds, made in milliseconds.
 
-`build(name)` makes the model and example inputs; `FAMILIES` lists the names. `save(name, directory)` writes a model
-directory as transformers does.
+`FAMILIES` lists the names; `build(name)` makes a model, `inputs(name)` its inputs, `captured(name)` its Program, and
+`save(name, directory)` writes a model directory as transformers does.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor
+
+from attnopt.rewriter.capture import capture_module
+from attnopt.rewriter.program import Program
 
 VOCAB = 96
 
@@ -211,3 +215,26 @@ def save(name: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny model as a Hugging Face directory and return it."""
     build(name, seed, **changes).save_pretrained(directory)
     return directory
+
+
+@functools.cache
+def captured(name: str) -> tuple[tf.PreTrainedModel, Program]:
+    """A family's model and its Program, captured once per process. Neither may be modified."""
+    model = build(name)
+    return model, capture_module(model)
+
+
+def eager_output(model: tf.PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The first output of the model itself, with transformers' plain attention."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return model(**batch)[0]
+    finally:
+        model.set_attn_implementation(before)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.ops import attention, expert_linear
+from attnopt.rewriter.ops.attention import visible_keys
 
 NAME = "attnopt"
 
@@ -29,6 +30,23 @@ NAME = "attnopt"
 _INERT = frozenset(
     {"position_ids", "use_cache", "cache_position", "return_dict", "num_items_in_batch", "output_hidden_states"}
 )
+
+
+@torch.library.custom_op("attnopt::requested_mask", mutates_args=())
+def requested_mask(batch: int, queries: int, keys: int, window: int) -> Tensor:
+    """A causal mask, bool [B, 1, S, T], of a model that calls SDPA itself. It marks what was asked for while tracing.
+
+    If the model passes it on untouched, `normalize` turns it into arguments of the attention op; if the model changes
+    it (Falcon adds ALiBi), attention is not represented and capture refuses. No Program contains it.
+    """
+    seen = visible_keys(queries, keys, None, True, window, torch.device("cpu"))
+    assert seen is not None
+    return seen.expand(batch, -1, -1, -1).clone()
+
+
+@requested_mask.register_fake
+def _(batch: int, queries: int, keys: int, window: int) -> Tensor:
+    return torch.empty(batch, 1, queries, keys, dtype=torch.bool)
 
 
 @dataclass
@@ -223,7 +241,7 @@ def anchored(model: PreTrainedModel) -> Iterator[AnchorLog]:
     """Within the block, tracing `model` yields one attention op per layer. The model's settings stay changed.
 
     Models that do not use transformers' attention interface (Falcon) keep calling `scaled_dot_product_attention`; the
-    mask functions give them no mask, so that it is called with `is_causal`.
+    mask functions give them a marker in place of a causal mask, which `normalize` reads.
 
     Args:
         model: a throw-away skeleton.
@@ -231,21 +249,17 @@ def anchored(model: PreTrainedModel) -> Iterator[AnchorLog]:
     log = AnchorLog()
     anchor = _Anchor(log)
 
-    def padding_only(*args: Any, **kwargs: Any) -> Tensor | None:
+    def tensor_mask(*args: Any, batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
         request = anchor.mask(*args, **kwargs)
-        if request.window:
-            raise UnsupportedError(
-                f"{type(model).__name__} uses a sliding window of {request.window} without transformers' attention "
-                "interface, so that attnopt cannot see which layers it applies to"
-            )
-        return request.bias
+        if not request.causal:
+            return request.bias
+        return requested_mask(batch_size, q_length, kv_length, request.window)
 
     with (
         _registered(AttentionInterface, NAME, anchor.attention),
         _registered(AttentionMaskInterface, NAME, anchor.mask),
-        _registered(AttentionMaskInterface, "sdpa", padding_only),
+        _registered(AttentionMaskInterface, "sdpa", tensor_mask),
         _experts_registered(),
-        _plain_is_causal(),
     ):
         if _uses_interface(model):
             model.set_attn_implementation(NAME)
@@ -270,21 +284,3 @@ def _experts_registered() -> Iterator[None]:
 
     with _registered(moe.ExpertsInterface, NAME, _experts):
         yield
-
-
-@contextmanager
-def _plain_is_causal() -> Iterator[None]:
-    """Let SDPA be called with an `is_causal` that depends on a traced length ("and length > 1" changes nothing)."""
-    functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        if "is_causal" in kwargs:
-            kwargs["is_causal"] = bool(kwargs["is_causal"])
-        return original(*args, **kwargs)
-
-    functional.scaled_dot_product_attention = call
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original

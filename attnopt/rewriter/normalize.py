@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.rewriter import anchor as _anchor  # noqa: F401 - registers requested_mask
+from attnopt.rewriter.program import walk_back
+
 aten = torch.ops.aten
 ATTENTION = torch.ops.attnopt.attention.default
+REQUESTED = torch.ops.attnopt.requested_mask.default
 
 _SDPA = aten.scaled_dot_product_attention.default
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -46,19 +50,23 @@ def _representable(call: dict[str, Any]) -> bool:
     if call["dropout_p"]:
         return False
     mask = call["attn_mask"]
-    boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
-    # A boolean mask is a mask built by the model itself: its meaning would have to be guessed.
-    return not boolean
+    if mask is None or mask.target is REQUESTED:
+        return True
+    # A mask the model built or changed itself: what it hides would have to be guessed.
+    return mask.meta["val"].dtype != torch.bool and not any(n.target is REQUESTED for n in walk_back(mask))
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, layer: int) -> None:
     call = _arguments(node)
     query, key, value = call["query"], call["key"], call["value"]
     scale = call["scale"] if call["scale"] is not None else float(query.meta["val"].shape[-1]) ** -0.5
+    bias, causal, window = call["attn_mask"], bool(call["is_causal"]), 0
+    if bias is not None and bias.target is REQUESTED:
+        causal, window, bias = True, bias.args[3], None
     with graph.inserting_before(node):
         key, value = _unrepeat(graph, key), _unrepeat(graph, value)
         anchor = graph.call_function(
-            ATTENTION, (query, key, value, call["attn_mask"], None, scale, call["is_causal"], 0, 0.0, None, layer)
+            ATTENTION, (query, key, value, bias, None, scale, causal, window, 0.0, None, layer)
         )
         back = graph.call_function(aten.transpose.int, (anchor, 1, 2))
     anchor.meta, back.meta = dict(node.meta), dict(node.meta)

@@ -59,7 +59,7 @@ def recognize(program: Program) -> tuple[list[AttentionSite], list[Miss]]:
     misses: list[Miss] = []
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            misses.append(Miss("attention has a mask built by the model itself, or dropout", (node.name,)))
+            misses.append(Miss("the model builds or changes its attention mask itself (ALiBi does so)", (node.name,)))
         if node.target is not ATTENTION:
             continue
         try:

@@ -9,6 +9,7 @@ traced.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,9 @@ def _same_value(a: Any, b: Any, index_a: int, index_b: int) -> bool:
         return len(a) == len(b) and all(_same_value(x, y, index_a, index_b) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same_value(a[k], b[k], index_a, index_b) for k in a)
+    if isinstance(a, functools.partial):
+        ours, theirs = (a.func, a.args, a.keywords), (b.func, b.args, b.keywords)
+        return _same_value(ours, theirs, index_a, index_b)
     if isinstance(a, types.MethodType):
         return a.__func__ is b.__func__
     return False
