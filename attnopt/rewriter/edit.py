@@ -102,8 +102,16 @@ class Editor:
 
         Returns:
             the new node.
+
+        Raises:
+            ValueError: if an argument comes after the place the node would have.
         """
         site, before = self._where()
+        sources: list[fx.Node] = []
+        fx.map_arg((args, kwargs), sources.append)
+        for source in sources:
+            if not source < before:
+                raise ValueError(f"{target} before {before.name} cannot read {source.name}, which comes later")
         with self._graph.inserting_before(before):
             node = self._graph.create_node("call_function", target, args, kwargs, name=name)
         self._mark(node, site, before)
