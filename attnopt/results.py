@@ -173,14 +173,29 @@ class PlanPreview:
         }
 
     def view(self, *, quiet: bool) -> RenderableType:
-        """The plan in lines; only the pipeline if quiet."""
-        from attnopt.render import gigabytes
+        """The plan, layers planned alike on one line; only the pipeline if quiet."""
+        from rich.console import Group
+
+        from attnopt.render import gigabytes, table
 
         if quiet:
             return self.pipeline
         lines = [f"pipeline   {self.pipeline}", f"cache      {_change(self.cached_before, self.cached_after)}"]
-        lines += [f"memory     about {gigabytes(self.memory_bytes)} at the peak", *self.notes]
-        return "\n".join(lines)
+        lines += [f"memory     about {gigabytes(self.memory_bytes)} at the peak", *self.notes, ""]
+        edits = [{key: _plain(value) for key, value in layer.items() if key != "site"} for layer in self.layers]
+        columns = list(dict.fromkeys(key for edit in edits for key in edit))
+        rows = []
+        for first, last in equal_runs(edits):
+            name = str(self.layers[first]["site"])
+            name += f" ... {self.layers[last]['site']}" if last > first else ""
+            rows.append([name, *(edits[first].get(key, "-") for key in columns)])
+        return Group("\n".join(lines), table("plan", ("attention layers", *columns), rows))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping) and set(value) == {"before", "after"}:
+        return f"{value['before']} -> {value['after']}"
+    return str(value)
 
 
 def _change(before: int, after: int | None) -> str:
