@@ -16,7 +16,7 @@ from attnopt.rewriter.export import RawGraph, export_graph
 from attnopt.rewriter.normalize import normalize
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss, recognize
-from attnopt.rewriter.stamp import cut_layers, stamp
+from attnopt.rewriter.stamp import Cut, cut_layers, stamp
 from attnopt.rewriter.weights import Inline, WeightStore
 
 if TYPE_CHECKING:
@@ -112,16 +112,25 @@ def _capture(skeleton: nn.Module, weights: WeightStore) -> Program:
     _prepare(skeleton)
     cut = cut_layers(skeleton)
     if cut is not None:
-        with anchored(skeleton), cut.applied():
-            raw = export_graph(skeleton)
-            facts_of_cut = config.to_dict()
-        if cut.proven():
-            stamped = stamp(_program(raw, weights, facts_of_cut, config.model_type), cut)
-            if stamped is not None:
-                return stamped.replace(config=facts)
+        program = _capture_cut(skeleton, cut, weights)
+        if program is not None:
+            return program.replace(config=facts)
     with anchored(skeleton):
         raw = export_graph(skeleton)
     return _program(raw, weights, facts, config.model_type)
+
+
+def _capture_cut(skeleton: PreTrainedModel, cut: Cut, weights: WeightStore) -> Program | None:
+    """The program from one traced layer of each kind, or None if that cannot be done."""
+    try:
+        with anchored(skeleton), cut.applied():
+            raw = export_graph(skeleton)
+            facts = skeleton.config.to_dict()
+    except UnsupportedError:
+        return None  # tracing the whole model fails as well, and says why, unless the cut was to blame
+    if not cut.proven():
+        return None
+    return stamp(_program(raw, weights, facts, skeleton.config.model_type), cut)
 
 
 def _program(raw: RawGraph, weights: WeightStore, config: dict[str, Any], model_type: str) -> Program:

@@ -218,7 +218,9 @@ def _without_effect(node: fx.Node) -> fx.Node | None:
             return None
         return operand
     if target is aten.slice.Tensor:
-        start, stop, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+        bounds: list[Any] = [None, None, 1]
+        bounds[: len(node.args) - 2] = node.args[2:]
+        start, stop, step = bounds
         if not start and (stop is None or stop == _BIG) and step == 1:
             return operand
     return None

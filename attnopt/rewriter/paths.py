@@ -150,8 +150,7 @@ def read_rotation(path: Path, choice: Choice) -> Rotation | None:
     for style, pairs in pairings.items():
         first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
         angle = torch.atan2(maps[:, first, second], maps[:, first, first])
-        inv_freq = _known_table(path, n) or _unwrap(angle)
-        rotation = Rotation(tuple(inv_freq), style, offset, 1.0)
+        rotation = Rotation(tuple(_stored_table(path, _unwrap(angle))), style, offset, 1.0)
         if _agrees(maps, rotation):
             return rotation
     raise Mismatch("positions change a head's vector, but not by turning pairs of dims", path.arg)
@@ -171,15 +170,21 @@ def _turns(path: Path, choice: Choice) -> Tensor:
     return images.transpose(0, 1)
 
 
-def _known_table(path: Path, n: int) -> list[float] | None:
-    """The one stored table of n frequencies behind the operand, exactly as the model holds it."""
-    tables = []
-    for node in walk_back(path.arg):
+def _stored_table(path: Path, measured: list[float]) -> list[float]:
+    """The stored table of frequencies behind the operand that was measured, exactly as the model holds it.
+
+    Falls back to the measured values where the model computes its frequencies.
+    """
+    weights = path.probe.program.weights
+    given = {path.source.node, *path.zero} | ({path.norm.y} if path.norm else set())
+    for node in walk_back(path.arg, stop=given):
         if node.op == "get_attr" and node.meta.get("buffer"):
-            meta = path.probe.program.weights.meta(str(node.target))
-            if meta.shape == (n,) and meta.dtype.is_floating_point:
-                tables.append(path.probe.program.weights.get(str(node.target)).float().tolist())
-    return tables[0] if len(tables) == 1 else None
+            meta = weights.meta(str(node.target))
+            if meta.shape == (len(measured),) and meta.dtype.is_floating_point:
+                table = weights.get(str(node.target)).double()
+                if torch.allclose(table, torch.tensor(measured, dtype=table.dtype), rtol=1e-3, atol=0):
+                    return table.tolist()
+    return measured
 
 
 def _unwrap(angle: Tensor) -> list[float]:

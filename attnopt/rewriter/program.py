@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,15 +108,22 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def walk_back(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and everything it is computed from, each once."""
+def walk_back(node: fx.Node, through_sizes: bool = True, stop: Collection[fx.Node] = ()) -> Iterator[fx.Node]:
+    """The node and everything it is computed from, each once.
+
+    Args:
+        stop: nodes to leave out, with what only they are computed from.
+        through_sizes: False leaves out what only a tensor's size was taken from.
+    """
     seen = {node}
     stack = [node]
     while stack:
         current = stack.pop()
         yield current
+        if not through_sizes and current.target is torch.ops.aten.sym_size.int:
+            continue
         for source in current.all_input_nodes:
-            if source not in seen:
+            if source not in seen and source not in stop:
                 seen.add(source)
                 stack.append(source)
 

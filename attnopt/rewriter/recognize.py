@@ -214,13 +214,12 @@ def _mask(call: Mapping[str, Any]) -> MaskSpec:
     names: list[str] = []
     padding = False
     if call["bias"] is not None:
-        sources = list(walk_back(call["bias"]))
+        sources = list(walk_back(call["bias"], through_sizes=False))
         names = sorted({str(n.target) for n in sources if n.op == "get_attr" and n.meta["val"].is_floating_point()})
         padding = any(n.op == "placeholder" and n.target == "attention_mask" for n in sources)
-        if not names and not padding:
-            raise Mismatch("a bias of unknown origin is added to the scores", call["bias"])
-        if any(n.target is ATTENTION for n in sources):
-            raise Mismatch("the bias on the scores depends on other attention", call["bias"])
+        inputs = [n for n in sources if n.op == "placeholder" and n.target != "attention_mask"]
+        if inputs or not (names or padding):
+            raise Mismatch("a bias of unknown origin is added to the scores", call["bias"], *inputs)
     return MaskSpec(
         causal=bool(call["causal"]),
         window=int(call["window"]) or None,

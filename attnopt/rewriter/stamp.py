@@ -26,32 +26,37 @@ from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projectio
 from attnopt.rewriter.weights import Value
 
 
-class LayerIndex(int):
-    """An int that remembers whether anyone computed with it. Stands in for `layer_idx` while a layer is traced."""
+class LayerIndex:
+    """Stands in for `layer_idx` while a layer is traced, and remembers whether anyone computed with it.
 
-    used: bool
+    Not an int, because Python reads the value of an int subclass without asking it (indexing a list does).
+    """
 
-    def __new__(cls, value: int) -> LayerIndex:
-        self = super().__new__(cls, value)
+    def __init__(self, value: int) -> None:
+        self.value = value
         self.used = False
-        return self
 
 
 def _watched(name: str) -> Any:
-    method = getattr(int, name)
-
     def watch(self: LayerIndex, *args: Any) -> Any:
         self.used = True
-        return method(self, *args)
+        return getattr(self.value, name)(*args)
 
     return watch
 
 
-for _name in (
-    "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__mod__", "__floordiv__", "__truediv__",
-    "__rtruediv__", "__pow__", "__neg__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__",
-    "__index__", "__bool__", "__and__", "__float__", "__int__",
-):  # fmt: skip
+for _name in set(dir(int)) - set(dir(object)) | {
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__hash__",
+    "__str__",
+    "__repr__",
+    "__format__",
+}:
     setattr(LayerIndex, _name, _watched(_name))
 
 

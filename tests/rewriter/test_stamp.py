@@ -80,7 +80,17 @@ def test_an_int_that_is_not_the_index_must_agree() -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [lambda i: i % 2, lambda i: i + 1, lambda i: 1 / (i + 1), lambda i: i == 0, lambda i: [1, 2][i], bool, hash, float],
+    [
+        lambda i: i % 2,
+        lambda i: i + 1,
+        lambda i: 1 / (i + 1),
+        lambda i: i == 0,
+        lambda i: [1, 2][i],
+        bool,
+        hash,
+        float,
+        str,
+    ],
 )
 def test_computing_with_the_index_is_noticed(use: Callable[[Any], Any]) -> None:
     index = LayerIndex(1)
