@@ -87,7 +87,7 @@ def test_what_a_pass_established_outlives_later_changes(program: Program) -> Non
 def test_changing_nothing_is_an_error_that_names_the_nearest_miss(program: Program) -> None:
     with pytest.raises(UnsupportedError, match="nothing changed no attention layer; the nearest miss: the moon"):
         go(program, "nothing")
-    with pytest.raises(UnsupportedError, match="everything changed no attention layer$"):
+    with pytest.raises(UnsupportedError, match=r"everything changed no attention layer$"):
         go(program, "everything{needed=1}")
 
 
@@ -172,7 +172,7 @@ def test_the_numeric_check_names_the_first_offender(program: Program) -> None:
         go(program, "negate,scale{factor=-8 layers=[1]},negate", check)
     assert check.first_offender is check.changes[1]
     assert len(check.changes) == 2
-    with pytest.raises(VerificationError, match="its bound is 1.00e-09"):
+    with pytest.raises(VerificationError, match=r"its bound is 1\.00e-09"):
         go(program, "scale", NumericCheck(inputs, bound=1e-9))
 
 
