@@ -9,10 +9,13 @@ import attnopt.codegen.hf  # noqa: F401 - makes transformers know our model clas
 
 if TYPE_CHECKING:
     from attnopt.api import convert, inspect, list_passes, run_pipeline, verify
+    from attnopt.conversion import CalibrationOptions, RunOptions
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CalibrationOptions": "attnopt.conversion",
+    "RunOptions": "attnopt.conversion",
     "convert": "attnopt.api",
     "inspect": "attnopt.api",
     "list_passes": "attnopt.api",
@@ -20,7 +23,16 @@ _PUBLIC = {
     "verify": "attnopt.api",
 }
 
-__all__ = ["__version__", "convert", "inspect", "list_passes", "run_pipeline", "verify"]
+__all__ = [
+    "CalibrationOptions",
+    "RunOptions",
+    "__version__",
+    "convert",
+    "inspect",
+    "list_passes",
+    "run_pipeline",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
