@@ -65,7 +65,8 @@ class RopeSpec:
     Attributes:
         inv_freq: angle per position of each pair, after any scaling rule, fastest first as stored.
         style: "half" pairs dims (m, m + n), "interleaved" pairs (2m, 2m + 1); n = len(inv_freq).
-        offset: first rotary dim within the head (the rest passes unrotated).
+        offset: first rotary dim within the head (the rest passes unrotated); within the rotary part for kind "mla",
+            whose query heads hold the unrotated dims first.
         attention_scaling: factor on cos and sin (YaRN, longrope); 1.0 otherwise.
         rope_type: the config's name of the scaling rule ("default", "llama3", ...), for messages and emission.
     """
