@@ -155,7 +155,7 @@ def predict_memory(program: Program, plans: Sequence[Plan], calibration: Calibra
 
     If the model writes its calibration text itself, it is in memory as a whole before; the larger phase counts.
     """
-    from attnopt.profiles.calibration import sampling_dtype
+    from attnopt.profiles.calibration import SAMPLING_CACHE_BYTES, sampling_dtype
     from attnopt.rewriter.segments import assign_segments
 
     segments = assign_segments(program)
@@ -168,7 +168,9 @@ def predict_memory(program: Program, plans: Sequence[Plan], calibration: Calibra
     width = max(site.o.out_features for site in program.site_list)
     hidden = 2 * 4 * calibration.tokens * width
     layerwise = 4 * largest + hidden + max((plan.memory for plan in plans), default=0)
-    sampling = 0 if calibration.files else program.parameters * sampling_dtype("cpu").itemsize
+    itemsize = sampling_dtype("cpu").itemsize
+    cached = min(SAMPLING_CACHE_BYTES, calibration.tokens * program.cached_numbers_per_token * itemsize)
+    sampling = 0 if calibration.files else program.parameters * itemsize + cached
     return resident_bytes() + max(layerwise, sampling)
 
 

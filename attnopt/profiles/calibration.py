@@ -27,8 +27,10 @@ SELECTION_EVERY = 8
 #: No more than this is read of one file: tokenising more takes minutes and the windows are spread over it anyway.
 MAX_FILE_BYTES = 16 << 20
 
-#: Sequences sampled side by side. More read the weights less often, but their caches outgrow the processor's.
-SAMPLING_BATCH = 32
+#: Sequences sampled side by side at most, and what their caches may take together. A larger batch reads the weights
+#: less often, but a large model's caches soon outgrow the model itself.
+SAMPLING_BATCH = 64
+SAMPLING_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -282,14 +284,15 @@ def sample(
     reporter = reporter or Silent()
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
+    batch = sampling_batch(model.config, length, model.dtype.itemsize)
     if starts:
         first = torch.tensor([starts[i % len(starts)] for i in range(count)])
     else:
         first = torch.randint(vocabulary, (count,), generator=generator)
     rows = []
     with bar(reporter, "sampling calibration text", count * length, "tokens") as handle:
-        for begin in range(0, count, SAMPLING_BATCH):
-            ids = first[begin : begin + SAMPLING_BATCH, None]
+        for begin in range(0, count, batch):
+            ids = first[begin : begin + batch, None]
             cache = None
             sequence = [ids]
             for position in range(length - 1):
@@ -305,6 +308,15 @@ def sample(
             rows.append(torch.cat(sequence, dim=1))
             reporter.advance(handle, len(ids))
     return torch.cat(rows)
+
+
+def sampling_batch(config: Any, length: int, itemsize: int) -> int:
+    """How many sequences to sample side by side, so that their caches stay within `SAMPLING_CACHE_BYTES`."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    per_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
+    return max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (per_token * length)))
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

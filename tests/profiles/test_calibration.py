@@ -213,6 +213,16 @@ class TestSampling:
             again = model(input_ids=ids).logits.argmax(-1)
         assert torch.equal(ids[:, 1:], again[:, :-1])
 
+    def test_batches_follow_the_memory_of_their_caches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_llama(bos_token_id=7)
+        per_window = 2 * 2 * 2 * 8 * 4 * 16  # keys and values, layers, heads, width, bytes, tokens
+        assert calibration.sampling_batch(model.config, 16, 4) == calibration.SAMPLING_BATCH
+        monkeypatch.setattr(calibration, "SAMPLING_CACHE_BYTES", 3 * per_window)
+        assert calibration.sampling_batch(model.config, 16, 4) == 3
+        monkeypatch.setattr(calibration, "SAMPLING_CACHE_BYTES", 1)
+        assert calibration.sampling_batch(model.config, 16, 4) == 1
+        assert sample(model, [7], 5, 16, seed=0).shape == (5, 16)
+
     def test_models_with_learned_positions_work(self) -> None:
         torch.manual_seed(0)
         config = GPT2Config(
