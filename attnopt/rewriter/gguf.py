@@ -142,7 +142,7 @@ def _write_import(path: Path, sha256: str, directory: Path, reporter: Reporter) 
         )
     with _parsed_once(reader):
         config, facts = _config(path, reader)
-        tokenizer = _tokenizer(path)
+        tokenizer = _tokenizer(path, reporter)
         cls = model_class(config, directory)
         outgoing = _tensors(path, reader, build_skeleton(cls, config), facts)
     config.architectures = [cls.__name__]
@@ -228,12 +228,13 @@ def _config(path: Path, reader: gguf.GGUFReader) -> tuple[PretrainedConfig, dict
 _ORIGINAL = "give the model's original Hugging Face directory"
 
 
-def _tokenizer(path: Path) -> Any:
-    """The tokenizer in the file, or None if it has none that transformers can build."""
+def _tokenizer(path: Path, reporter: Reporter) -> Any:
+    """The tokenizer in the file, or None if it has none that transformers can build: the weights are usable without."""
     try:
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    except (KeyError, ValueError, NotImplementedError, TypeError):
-        return None  # the weights are usable without; asking for the tokenizer later says that there is none
+    except Exception as error:  # the vocabulary may be of any shape, and several libraries read it
+        reporter.warn(f"{path.name} has no usable tokenizer ({error}); text cannot be read with this model")
+        return None
 
 
 def _tensors(path: Path, reader: gguf.GGUFReader, model: PreTrainedModel, facts: dict[str, Any]) -> list[Outgoing]:

@@ -16,6 +16,7 @@ from attnopt.rewriter.capture import capture_module
 from attnopt.rewriter.interpret import run
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
+from attnopt.rewriter.verify import violations
 from tests import models
 
 # Facts that must be found, from the configs in tests/models.py. `layer` is the layer they are checked on.
@@ -100,6 +101,7 @@ def test_family(name: str) -> None:
     expected = dict(FACTS[name])
     site = program.site_list[expected.pop("layer", -1)]
     assert {key: fact(site, program, key) for key in expected} == expected
+    assert violations(program, "captured") == []
 
     assert [s.layer for s in program.site_list] == list(range(len(program.sites)))
     assert program.parameters == sum(p.numel() for p in model.parameters())
