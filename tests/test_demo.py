@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 
 from attnopt import demo
 from attnopt.errors import AttnoptError
+from attnopt.render import output_console
+from tests import hostile
+from tests.cli.helpers import save_byte_tokenizer
 
 CONTENT = b"GGUF and so on"
 
@@ -74,6 +78,24 @@ def test_another_content_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AttnoptError, match="another file"):
         demo.fetch_model()
     assert not demo.model_file().exists()
+
+
+def test_all_phases_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hostile.healthy(tmp_path / "tiny", vocab_size=256)
+    save_byte_tokenizer(model)
+    monkeypatch.setattr(demo, "fetch_model", lambda reporter: model)
+    result = demo.run_demo(tmp_path / "out", calib_tokens=2048)
+    document = result.to_json()
+    assert document["inspect"]["cached_numbers_per_token"] == 64
+    assert document["convert"]["cached_numbers_per_token"]["after"] <= 32
+    assert document["verify"]["texts"][0]["file"] == "pydoc_data.topics"
+    assert set(document["seconds"]) == {"fetch", "inspect", "convert", "compare"}
+    stream = io.StringIO()
+    output_console(stream).print(result.view(quiet=False))
+    shown = stream.getvalue()
+    for part in ("64", "perplexity", "DeepseekV3ForCausalLM", demo.PROMPT, "at the peak", str(tmp_path / "out")):
+        assert part in shown
+    assert result.view(quiet=True) == str(tmp_path / "out")
 
 
 @pytest.mark.slow
