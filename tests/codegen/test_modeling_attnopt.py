@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from attnopt.codegen.hf import deepseek_v3, own_class
 from attnopt.codegen.hf.configuration_attnopt import SEMANTICS, AttnoptConfig
 from attnopt.errors import UnsupportedError
+from attnopt.rewriter.capture import capture
+from attnopt.rewriter.source import open_source
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
@@ -163,9 +165,23 @@ def test_save_and_load(model_type: str, tmp_path: Any) -> None:
     assert type(again) is type(model)
     ids = tokens(2, 7)
     assert torch.equal(again(ids).logits, model(ids).logits)
+    for cast in (again.bfloat16().float(), model):
+        assert cast.model.layers[1].self_attn.angles.inv_freq.tolist() == pytest.approx(
+            model.config.rope_tables[0], rel=1e-7
+        ), "a cast must not round the angles"
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     assert float((narrow(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()) < 0.1
+
+
+def test_capture_understands_the_class(tmp_path: Any) -> None:
+    """`attnopt inspect` reads what `attnopt convert` wrote."""
+    model = module_of(own_class.build(program_of(tiny("llama"), variations={1: Variation(spare=2)})))
+    model.save_pretrained(tmp_path)
+    program = capture(open_source(tmp_path))
+    assert [site.kind for site in program.site_list] == ["mla", "mla"]
+    assert [site.latent.kv_lora_rank for site in program.site_list] == [17, 19]
+    assert [site.d_rope for site in program.site_list] == [16, 16]
 
 
 def test_loading_refuses_a_damaged_checkpoint(tmp_path: Any) -> None:

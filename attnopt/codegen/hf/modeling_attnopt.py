@@ -8,15 +8,17 @@ latent and with one rotary table per layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_attnopt import AttnoptConfig
 
@@ -45,6 +47,43 @@ class HeadMap(nn.Module):
         return torch.einsum("bshn,hmn->bshm", x, self.weight)
 
 
+class Angles(nn.Module):
+    """cos and sin [B, S, pairs] of a table of inverse frequencies at position_ids [B, S], computed in float32."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, table: list[float]) -> None:
+        super().__init__()
+        self.table = tuple(table)
+        self.register_buffer("inv_freq", torch.tensor(table, dtype=torch.float32), persistent=False)
+
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        phase = position_ids[..., None].float() * self.inv_freq
+        return phase.cos().to(dtype), phase.sin().to(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Angles:
+        """As nn.Module's, but a cast of the model must not round the angles."""
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            self.inv_freq = torch.tensor(self.table, dtype=torch.float32, device=self.inv_freq.device)
+        return self
+
+
+def plain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What "eager" means here: the interface of transformers' attention functions; returns [B, S, H, d_v]."""
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling)
+    return out.transpose(1, 2), None
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the interleaved pairs (0, 1), (2, 3), ... of x [..., d] by the angles of cos and sin [..., d/2]."""
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -60,21 +99,23 @@ class LatentAttention(nn.Module):
     expanded, and no tensor of size cached tokens x heads x head width exists.
 
     Args:
-        width: hidden size.
+        config: configuration of the source architecture (its hidden size and attention implementation).
         layer_idx: index of the layer in the cache.
         spec: the layer's record, see AttnoptConfig.
         table: inverse frequencies of the layer's rotary pairs.
     """
 
-    def __init__(self, width: int, layer_idx: int, spec: dict[str, Any], table: list[float]) -> None:
+    is_causal = True
+    num_key_value_groups = 1  # expanded keys have as many heads as queries
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int, spec: dict[str, Any], table: list[float]) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
+        width = config.hidden_size
         self.heads, self.rank = spec["heads"], spec["kv_lora_rank"]
         self.d_nope, self.d_rope, self.d_v = spec["d_nope"], spec["d_rope"], spec["d_v"]
         self.scale = spec["scale"]
-        # Not a buffer: a cast of the model to bfloat16 would round the angles, and loading would have to restore it.
-        self.inv_freq = tuple(table)
-        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self.angles = Angles(table)
         self.normed = spec["encoder"] == "normed_kv"
         d_q = self.d_nope + self.d_rope
         if self.normed:
@@ -101,14 +142,6 @@ class LatentAttention(nn.Module):
         k = self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, self.d_qk))).flatten(-2)
         return self.q_map(self.q_norm(q)), self.kv_a_proj(torch.cat((k, self.v_proj(x)), dim=-1))
 
-    def angles(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, S, d_rope / 2] at position_ids [B, S], computed in float32."""
-        device = position_ids.device
-        if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self.inv_freq, dtype=torch.float32, device=device)
-        phase = position_ids[..., None].float() * self._on_device[device]
-        return phase.cos().to(dtype), phase.sin().to(dtype)
-
     def expanded(
         self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -116,8 +149,8 @@ class LatentAttention(nn.Module):
         rows = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         nope, value = rows.split((self.d_nope, self.d_v), dim=-1)
         keys = torch.cat((nope, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, keys, value, attn_mask=mask, is_causal=causal, scale=self.scale)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
+        return attend(self, q, keys, value, mask, dropout=0.0, scaling=self.scale)[0].transpose(1, 2)
 
     def absorbed(
         self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
@@ -168,22 +201,24 @@ class LatentAttention(nn.Module):
             stored = past_key_values.update(latent.unsqueeze(1), key.unsqueeze(1), self.layer_idx)
             latent, key = stored[0].squeeze(1), stored[1].squeeze(1)
         total = latent.shape[1]
-        fresh = total == steps  # all there is comes from this call
-        if attention_mask is not None:
-            attention_mask = attention_mask[..., :total]
-            if attention_mask.dtype == torch.bool:
-                attention_mask = _additive(attention_mask, q.dtype)
-        elif not fresh:
-            # No mask means causal. Slots after the last token are empty (fixed size); a window has dropped the oldest.
-            slots = torch.arange(total, device=q.device)
-            first = past if isinstance(past, torch.Tensor) else min(past, total - steps)
-            attention_mask = _additive(slots <= slots[:steps, None] + first, q.dtype)
-        attend = self.expanded if fresh and steps > 1 else self.absorbed
-        out = attend(q, latent, key, attention_mask)
+        if total == steps and steps > 1:  # all there is comes from this call
+            out = self.expanded(q, latent, key, attention_mask)
+        else:
+            if attention_mask is not None:
+                attention_mask = attention_mask[..., :total]
+                if attention_mask.dtype == torch.bool:
+                    attention_mask = additive(attention_mask, q.dtype)
+            elif total > 1:
+                # No mask means causal. Slots after the last token are empty (a cache of fixed size); a window has
+                # dropped the oldest.
+                slots = torch.arange(total, device=q.device)
+                first = past if isinstance(past, torch.Tensor) else min(past, total - steps)
+                attention_mask = additive(slots <= slots[:steps, None] + first, q.dtype)
+            out = self.absorbed(q, latent, key, attention_mask)
         return self.o_proj(out.transpose(1, 2).flatten(-2)), None
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """0 where a key is seen, the lowest finite number elsewhere (a row that sees nothing stays finite)."""
     lowest = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, lowest)
@@ -198,11 +233,15 @@ class AttnoptPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own spelling)
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, HeadNorm):
             init.ones_(module.weight)
+        elif isinstance(module, Angles):
+            # Loading builds modules without values; what no checkpoint stores is restored here.
+            init.copy_(module.inv_freq, torch.tensor(module.table, dtype=torch.float32))
         elif isinstance(module, HeadMap):
             init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.weight.shape[-1]))
+        else:
+            type(self.model)._init_weights(self.model, module)
 
 
 class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
@@ -217,7 +256,9 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
         for index, spec in enumerate(config.layers):
             if spec is not None:
                 table = config.rope_tables[spec["rope_table"]]
-                self.model.layers[index].self_attn = LatentAttention(text.hidden_size, index, spec, table)
+                self.model.layers[index].self_attn = LatentAttention(text, index, spec, table)
+        # transformers asks the backbone to initialise what lies inside it, and that does not know our modules.
+        self.model._init_weights = self._init_weights
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=getattr(text, "lm_head_bias", False))
         self.post_init()
 
