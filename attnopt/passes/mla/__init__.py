@@ -1,0 +1,1 @@
+"""Conversion of attention to Multi-head Latent Attention. See docs/mla.md for the method."""

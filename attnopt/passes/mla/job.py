@@ -1,0 +1,289 @@
+"""The conversion of a whole program: a first look, then layer after layer behind the layers already converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import UnsupportedError
+from attnopt.passes.mla.budget import Split, best_split
+from attnopt.passes.mla.layer import LatentLayer, closed_form
+from attnopt.passes.mla.probe import Probe, look
+from attnopt.passes.mla.refit import Example, OutputRidge, refit
+from attnopt.passes.mla.source_layer import SourceLayer, read_source
+from attnopt.passes.mla.splice import Shape, splice
+from attnopt.passes.mla.statistics import LayerStatistics, token_weights
+from attnopt.passes.mla.stream import Batch, Stream
+from attnopt.passes.mla.weights import from_weights, to_weights
+from attnopt.progress import bar
+from attnopt.rewriter.edit import Editor
+from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
+from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.program import Program
+from attnopt.rewriter.site import AttentionSite
+from attnopt.rewriter.weights import Value, evaluate
+
+#: Second moments of all groups of a layer may take this many bytes; beyond that groups share one.
+MOMENT_BYTES = 256 << 20
+PROBE_STEP = "probe"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to convert.
+
+    Attributes:
+        splits: the split, or those to choose from.
+        lane: whether the last latent channel is the constant 1.
+        refit: fit all weights of each layer after the closed form.
+        epochs: passes over the text in a refit.
+        follow: how far a layer's target leads back to the source model's own hidden state, from 0 (the source layer's
+            output on the converted model's state) to 1 (whatever brings the state back to the source's).
+        shared_table: one rope table for all layers.
+        stride: of the queries looked at by the statistics.
+    """
+
+    splits: tuple[Split, ...]
+    lane: bool
+    refit: bool
+    epochs: int
+    follow: float
+    shared_table: bool
+    stride: int = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A converted program's editor and what is to be told about it.
+
+    Attributes:
+        editor: holds all changes.
+        summary: facts about the run.
+        layers: facts about each layer.
+    """
+
+    editor: Editor
+    summary: Mapping[str, Any]
+    layers: tuple[Mapping[str, Any], ...]
+
+
+class Job:
+    """One run of the conversion.
+
+    Args:
+        program: to convert.
+        sites: fqns of the layers to convert.
+        settings: how.
+        context: calibration text, device, progress, and where finished layers are kept.
+        by: text of the pass.
+    """
+
+    def __init__(
+        self, program: Program, sites: Sequence[str], settings: Settings, context: PassContext, by: str
+    ) -> None:
+        self.program = program
+        self.sites = tuple(sites)
+        self.settings = settings
+        self.context = context
+        self.runner = LayerRunner(program, context.dtype, context.device)
+        self.keep = _kept_type(program, context.dtype)
+        self.pooled = _moment_bytes(program.sites[self.sites[0]]) > MOMENT_BYTES
+        self.editor = Editor(program, by)
+        self.done = set(context.workdir.steps_done()) if context.resume else set()
+
+    def run(self) -> Outcome:
+        """Convert every layer."""
+        windows, selection = self.context.calibration.windows, self.context.calibration.selection
+        probe = self._probe(windows, selection)
+        split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
+        table = probe.table(split)
+        held_out = selection if self.settings.refit else selection[:0]
+        stream = Stream(self.runner, windows, held_out, self.keep)
+        reference = Stream(self.runner, windows, held_out, self.keep) if self.settings.follow else None
+        records = []
+        reporter = self.context.reporter
+        with bar(reporter, "converting", len(self.runner.layers), "layers") as handle:
+            for segment in self.runner.layers:
+                assert segment.site is not None
+                with self.runner.load(segment) as loaded:
+                    if segment.site.fqn in self.sites:
+                        step = _LayerJob(self, loaded, segment.site, stream, reference, split)
+                        records.append(step.run(self._own_table(probe, segment.site, split, table)))
+                    else:
+                        for each in (stream, reference):
+                            for batch in each.batches if each else ():
+                                stream.advance_unchanged(batch, loaded)
+                reporter.advance(handle)
+        summary = {
+            "kv_lora_rank": split.rank,
+            "qk_rope_head_dim": split.rope,
+            "lane": self.settings.lane,
+            "recover": "refit" if self.settings.refit else "none",
+            "rope_frequencies": list(table) if self.settings.shared_table else "per layer",
+            "calibration_sha256": self.context.calibration.sha256,
+            "split_errors": [
+                {"qk_rope_head_dim": s.rope, "kv_lora_rank": s.rank, "error": e} for s, e in probe.errors.items()
+            ],
+        }
+        return Outcome(self.editor, summary, tuple(records))
+
+    def _own_table(self, probe: Probe, site: AttentionSite, split: Split, table: tuple[int, ...]) -> tuple[int, ...]:
+        if self.settings.shared_table:
+            return table
+        return Probe({site.fqn: probe.energies[site.fqn]}, {}).table(split)
+
+    def _probe(self, windows: Tensor, selection: Tensor) -> Probe:
+        workdir = self.context.workdir
+        if PROBE_STEP in self.done:
+            values, record = workdir.load(PROBE_STEP)
+            energies = {name: evaluate(value) for name, value in values.items()}
+            errors = {Split(rope, rank): error for rope, rank, error in record["errors"]}
+            return Probe(energies, errors)
+        probe = look(
+            self.runner, self.sites, windows, selection, self.settings.splits,
+            lane=self.settings.lane, stride=self.settings.stride, pooled=self.pooled, keep=self.keep,
+            reporter=self.context.reporter,
+        )  # fmt: skip
+        rows = [[split.rope, split.rank, error] for split, error in probe.errors.items()]
+        workdir.save(PROBE_STEP, {name: e.contiguous() for name, e in probe.energies.items()}, {"errors": rows})
+        return probe
+
+
+class _LayerJob:
+    """The conversion of one layer."""
+
+    def __init__(
+        self,
+        job: Job,
+        loaded: LoadedSegment,
+        site: AttentionSite,
+        stream: Stream,
+        reference: Stream | None,
+        split: Split,
+    ) -> None:
+        self.job, self.loaded, self.site, self.split = job, loaded, site, split
+        self.stream, self.reference = stream, reference
+        self.source: SourceLayer = read_source(site, loaded.weight)
+        self.rank = split.rank - int(job.settings.lane)
+
+    def run(self, table: tuple[int, ...]) -> dict[str, Any]:
+        """Convert the layer, or take it from an unfinished run, and send the text through it."""
+        job, site = self.job, self.site
+        step = f"layer-{site.layer:04d}"
+        inv_freq = self.source.inv_freq[list(table)]
+        if step in job.done:
+            values, record = job.context.workdir.load(step)
+        else:
+            weights, record = self._convert(table, inv_freq)
+            values = job.context.workdir.save(step, weights, record)
+        layer = self._layer(values, inv_freq)
+        self._advance(layer)
+        shape = Shape(
+            self.split.rank, layer.d_nope, layer.d_rope, job.settings.lane, tuple(inv_freq.tolist()), record["peak"]
+        )
+        splice(job.editor, site, shape, values)
+        return record
+
+    def _layer(self, values: Mapping[str, Value], inv_freq: Tensor) -> LatentLayer:
+        # Cloned: memory freshly allocated is aligned alike in every run, so that arithmetic is repeated to the bit.
+        weights = {name: evaluate(value).clone() for name, value in values.items()}
+        return from_weights(weights, self.source, inv_freq, self.job.settings.lane)
+
+    def _convert(self, table: tuple[int, ...], inv_freq: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        settings, source = self.job.settings, self.source
+        stats = LayerStatistics(source, settings.stride, self.job.pooled)
+        for batch in self.stream.fitted_on():
+            stats.update(*self._input(batch))
+        stats.check()
+        layer, predicted = closed_form(stats, table, self.rank)
+        weights = to_weights(layer, source, settings.lane)
+        layer = from_weights(weights, source, inv_freq, settings.lane)
+        record: dict[str, Any] = {
+            "site": self.site.fqn,
+            "layer": self.site.layer,
+            "low_rank_share": predicted.low_rank_share,
+            "slot_share": predicted.slots / max(predicted.slots + predicted.low_rank, 1e-300),
+        }
+        layer, record["peak"], targets = self._ridge(layer)
+        if settings.refit:
+            layer = self._refit(layer, targets, record)
+        weights = to_weights(layer, source, settings.lane)
+        if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+            raise UnsupportedError(
+                f"the converted weights of {self.site.fqn} are not finite", "check the model and the calibration text"
+            )
+        return weights, record
+
+    def _input(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Attention input and token weights of a batch."""
+        env = self.stream.env(batch)
+        return self.loaded.evaluate(env, self.site.nodes.input), token_weights(env.hidden)
+
+    def _target(self, batch: Batch, x: Tensor) -> Tensor:
+        """What the layer should give for a batch."""
+        follow, reference = self.job.settings.follow, self.reference
+        own = self.source.attend(x) if follow < 1 else torch.zeros_like(x)
+        if reference is None:
+            return own
+        twin = reference.batches[self.stream.batches.index(batch)]
+        env = reference.env(twin)
+        output = self.source.attend(self.loaded.evaluate(env, self.site.nodes.input))
+        back = env.hidden + output - self.stream.env(batch).hidden
+        return (1 - follow) * own + follow * back
+
+    def _ridge(self, layer: LatentLayer) -> tuple[LatentLayer, float, list[Tensor]]:
+        """Refit the output projection; also the largest latent and the targets (kept only for a refit)."""
+        ridge, peak, targets = OutputRidge(layer), 0.0, []
+        for batch in self.stream.batches:
+            x, weights = self._input(batch)
+            target = self._target(batch, x)
+            if not batch.held_out:
+                ridge.add(layer.mixed(self.source, x), target, weights)
+                peak = max(peak, layer.latent_norm(self.source, x))
+            if self.job.settings.refit:
+                targets.append(target.to(self.job.keep))
+        return ridge.solve(), peak, targets
+
+    def _refit(self, layer: LatentLayer, targets: Sequence[Tensor], record: dict[str, Any]) -> LatentLayer:
+        def example(place: int) -> Example:
+            x, weights = self._input(self.stream.batches[place])
+            return Example(x, targets[place].to(x.dtype), weights)
+
+        pools: dict[bool, list[Any]] = {False: [], True: []}
+        for place, batch in enumerate(self.stream.batches):
+            pools[batch.held_out].append(partial(example, place))
+        seed = self.job.context.seed + self.site.layer
+        fitted = refit(layer, self.source, pools[False], pools[True], epochs=self.job.settings.epochs, seed=seed)
+        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
+        with torch.no_grad():
+            record["peak"] = max(
+                fitted.layer.latent_norm(self.source, self._input(batch)[0]) for batch in self.stream.batches
+            )
+        return fitted.layer
+
+    def _advance(self, layer: LatentLayer) -> None:
+        for place, batch in enumerate(self.stream.batches):
+            x, _ = self._input(batch)
+            self.stream.advance(batch, self.loaded, layer.attend(self.source, x))
+            if self.reference is not None:
+                twin = self.reference.batches[place]
+                x = self.loaded.evaluate(self.reference.env(twin), self.site.nodes.input)
+                self.reference.advance(twin, self.loaded, self.source.attend(x))
+
+
+def _kept_type(program: Program, compute: torch.dtype) -> torch.dtype:
+    """Type of the hidden states between layers: bfloat16 for models stored in 16 bits, which had no more in them."""
+    name = str(program.config.get("dtype") or program.config.get("torch_dtype") or "").removeprefix("torch.")
+    return torch.bfloat16 if name in ("bfloat16", "float16") else compute
+
+
+def _moment_bytes(site: AttentionSite) -> int:
+    """Bytes of the second moments of a layer, one for the keys and one for the values of every group."""
+    assert site.q is not None
+    width = min(site.cached_numbers_per_token, site.q.in_features)
+    return 2 * site.kv_heads * width * width * 8

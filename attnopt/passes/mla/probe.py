@@ -1,0 +1,110 @@
+"""The first look: some windows through the source model, for what must be known before any layer is converted.
+
+Stock model classes have one rope table for all layers, so the frequencies of the slots are chosen on all layers
+together; so is the split of the budget between rope and rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.passes.mla.budget import HeldOut, Split, split_errors
+from attnopt.passes.mla.slots import choose_table, slot_energies
+from attnopt.passes.mla.source_layer import read_source
+from attnopt.passes.mla.statistics import LayerStatistics, token_weights
+from attnopt.passes.mla.stream import Stream
+from attnopt.progress import Reporter, bar
+from attnopt.rewriter.interpret import LayerRunner
+
+#: Tokens of each pool that are looked at.
+FITTED_TOKENS, HELD_OUT_TOKENS = 6144, 2048
+#: Layers, spread over the depth, on which splits are tried.
+MEASURED_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen.
+
+    Attributes:
+        energies: slot energies [F, G] of each layer that will be converted, by site.
+        errors: error of each split tried, summed over the layers measured; empty if the split was given.
+    """
+
+    energies: Mapping[str, Tensor]
+    errors: Mapping[Split, float]
+
+    def table(self, split: Split) -> tuple[int, ...]:
+        """Frequencies of the slots, for all layers."""
+        return choose_table(list(self.energies.values()), split.rope // 2)
+
+
+def some_of(windows: Tensor, tokens: int) -> Tensor:
+    """Windows spread evenly over the text, together about `tokens` long, at least one."""
+    count = min(len(windows), max(1, round(tokens / windows.shape[1])))
+    return windows[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] if count else windows
+
+
+def look(
+    runner: LayerRunner,
+    sites: Sequence[str],
+    windows: Tensor,
+    selection: Tensor,
+    splits: Sequence[Split],
+    *,
+    lane: bool,
+    stride: int,
+    pooled: bool,
+    keep: torch.dtype,
+    reporter: Reporter,
+) -> Probe:
+    """Send some windows through the source model.
+
+    Args:
+        runner: of the source program.
+        sites: the layers that will be converted.
+        windows, selection: calibration text to fit on and to judge by.
+        splits: splits to try; with fewer than two nothing is measured.
+        lane, stride, pooled: as in the conversion.
+        keep: type of the kept hidden states.
+        reporter: told of the layers done.
+    """
+    measured = set(spread(list(sites), MEASURED_LAYERS)) if len(splits) > 1 else set()
+    held = some_of(selection, HELD_OUT_TOKENS) if measured else selection[:0]
+    stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep)
+    energies: dict[str, Tensor] = {}
+    errors: list[dict[Split, float]] = []
+    with bar(reporter, "looking at the layers", len(runner.layers), "layers") as handle:
+        for segment in runner.layers:
+            site = segment.site
+            with runner.load(segment) as loaded:
+                if site is not None and site.fqn in sites:
+                    source = read_source(site, loaded.weight)
+                    stats = LayerStatistics(source, stride, pooled)
+                    samples = []
+                    for batch in stream.batches:
+                        env = stream.env(batch)
+                        x, weights = loaded.evaluate(env, site.nodes.input), token_weights(env.hidden)
+                        if batch.held_out:
+                            samples.append(HeldOut(x, weights))
+                        else:
+                            stats.update(x, weights)
+                    stats.check()
+                    energies[site.fqn] = slot_energies(stats)
+                    if site.fqn in measured:
+                        errors.append(split_errors(stats, samples, splits, lane))
+                for batch in stream.batches:
+                    stream.advance_unchanged(batch, loaded)
+            reporter.advance(handle)
+    totals = {split: sum(layer[split] for layer in errors) for split in splits} if errors else {}
+    return Probe(energies, totals)
+
+
+def spread(items: list[str], count: int) -> list[str]:
+    """At most `count` items spread evenly."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

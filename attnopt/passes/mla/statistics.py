@@ -1,0 +1,207 @@
+"""Statistics of one attention layer over calibration text, streamed window by window into float64 sums.
+
+To first order an error ds_ij of a logit and dv_j of a value change a head's output by
+
+    W_O do_i = sum_j a_ij ( W_O (v_j - o_i) ds_ij + W_O dv_j ),
+
+so with token weights l_i (how much an error at query i counts) keys matter by
+
+    omega_ij = l_i a_ij^2 ||W_O (v_j - o_i)||^2
+
+and values through the averages abar_i = sum_j a_ij u_j that they enter the output by. All that slots and low rank need
+are second moments under these weights. Nothing of the size of the text is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import UnsupportedError
+from attnopt.passes.mla.source_layer import SourceLayer
+
+#: Share of a window's tokens that its first token counts for. Attention sinks sit there (Xiao et al., arXiv
+#: 2309.17453): every later token reads it, and an error in it changes all of them.
+FIRST_TOKEN_SHARE = 0.25
+
+
+def token_weights(hidden: Tensor) -> Tensor:
+    """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
+
+    Args:
+        hidden: the residual stream [B, S, D].
+
+    Returns:
+        [B, S], positive; the first token's is raised to `FIRST_TOKEN_SHARE` of the window.
+    """
+    weights = 1 / hidden.float().pow(2).mean(-1).clamp(min=1e-12)
+    weights[:, 0] *= max(1.0, FIRST_TOKEN_SHARE * hidden.shape[1])
+    return weights
+
+
+class Moment:
+    """Weighted second moments of vectors, one per class, with means and weights.
+
+    Args:
+        classes: how many.
+        width: p, of the vectors.
+    """
+
+    def __init__(self, classes: int, width: int) -> None:
+        self.second = torch.zeros(classes, width, width, dtype=torch.float64)
+        self.first = torch.zeros(classes, width, dtype=torch.float64)
+        self.weight = torch.zeros(classes, dtype=torch.float64)
+
+    def add(self, of: int, vectors: Tensor, weights: Tensor) -> None:
+        """Add vectors [n, p] with weights [n] >= 0 to class `of`."""
+        scaled = vectors * weights.clamp(min=0).sqrt()[:, None].to(vectors.dtype)
+        self.second[of] += (scaled.T @ scaled).double()
+        self.first[of] += (weights.to(vectors.dtype) @ vectors).double()
+        self.weight[of] += weights.double().sum()
+
+    def uncentred(self) -> Tensor:
+        """E[u uᵀ] per class, [classes, p, p]."""
+        return self.second / self.weight.clamp(min=1e-300)[:, None, None]
+
+    def mean(self) -> Tensor:
+        """E[u] per class, [classes, p]."""
+        return self.first / self.weight.clamp(min=1e-300)[:, None]
+
+    def covariance(self) -> Tensor:
+        """E[u uᵀ] - E[u] E[u]ᵀ per class, [classes, p, p]."""
+        mean = self.mean()
+        result = self.uncentred() - mean[:, :, None] * mean[:, None, :]
+        return (result + result.mT) / 2
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One window's attention, for the sampled queries."""
+
+    inputs: Tensor  # [S, p] what the encoder reads
+    queries: Tensor  # [H, n, d] before rotation
+    weights: Tensor  # [n] weight of each sampled query, l_i times the queries it stands for
+    attention: Tensor  # [H, n, S]
+    sensitivity: Tensor  # [H, n, S] omega_ij
+
+
+class LayerStatistics:
+    """What the closed form of one layer needs to know of the text.
+
+    Args:
+        layer: the source layer.
+        stride: every stride-th query of a window is looked at, and the first; keys are all looked at.
+        pooled: one second moment for all groups instead of one per group, where those would not fit in memory.
+
+    Attributes:
+        queries: [H, d, d] sum over i of (sum_j omega_ij) q_i q_iᵀ.
+        phase: [H, F] complex, sum over ij of omega_ij e^{i theta_f (j - i)}.
+        phase_weight: [H] sum of omega_ij.
+        keys: moments of u_j under omega, per class of groups.
+        values: moments of abar_i under l_i, per class of groups.
+        inputs: moments of u under l, one class.
+        tokens: how many tokens were seen.
+    """
+
+    def __init__(self, layer: SourceLayer, stride: int = 8, pooled: bool = False) -> None:
+        if stride < 1:
+            raise ValueError(f"stride must be positive, not {stride}")
+        heads, d, classes = layer.heads, layer.d, 1 if pooled else layer.groups
+        self.layer = layer
+        self.stride = stride
+        self.class_of = torch.zeros(layer.groups, dtype=torch.long) if pooled else torch.arange(layer.groups)
+        self.queries = torch.zeros(heads, d, d, dtype=torch.float64)
+        self.phase = torch.zeros(heads, d // 2, dtype=torch.complex128)
+        self.phase_weight = torch.zeros(heads, dtype=torch.float64)
+        self.keys = Moment(classes, layer.input_width)
+        self.values = Moment(classes, layer.input_width)
+        self.input_mean = torch.zeros(layer.input_width, dtype=torch.float64)
+        self.input_weight = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x: Tensor, weights: Tensor) -> None:
+        """Add windows.
+
+        Args:
+            x: attention inputs [B, S, D].
+            weights: token weights [B, S], see `token_weights`.
+        """
+        for row in range(x.shape[0]):
+            window = self._attend(x[row : row + 1], weights[row])
+            self._add_keys(window)
+            self._add_values(window)
+            self.input_mean += (weights[row].to(x.dtype) @ window.inputs).double()
+            self.input_weight += weights[row].double().sum()
+            self.tokens += x.shape[1]
+
+    def check(self) -> None:
+        """Refuse sums that are useless.
+
+        Raises:
+            UnsupportedError: if the text is too short, or something is not finite.
+        """
+        sums = (self.queries, self.keys.second, self.values.second, self.phase)
+        if not all(bool(torch.isfinite(torch.view_as_real(s) if s.is_complex() else s).all()) for s in sums):
+            raise UnsupportedError(
+                "activations on the calibration text are not finite", "check the model's weights, and the text"
+            )
+        if self.tokens < self.layer.d:
+            raise UnsupportedError(
+                f"{self.tokens} calibration tokens are fewer than a head has channels ({self.layer.d})",
+                "give more calibration text (--calib-tokens)",
+            )
+
+    def _sampled(self, length: int, offset: int) -> tuple[Tensor, Tensor]:
+        """Positions of the queries looked at, and how many queries each stands for."""
+        if self.stride == 1:
+            return torch.arange(length), torch.ones(length)
+        rest = torch.arange(1 + offset % self.stride, length, self.stride)
+        share = (length - 1) / max(1, len(rest))
+        return torch.cat([torch.zeros(1, dtype=torch.long), rest]), torch.tensor([1.0] + [share] * len(rest))
+
+    def _attend(self, x: Tensor, weights: Tensor) -> _Window:
+        layer = self.layer
+        length = x.shape[1]
+        at, share = self._sampled(length, self.tokens // length)
+        at = at.to(x.device)
+        plain, keys, values = layer.queries(x), layer.keys(x), layer.values(x)
+        inputs = layer.encoder_input(x, keys, values)[0]
+        group = layer.group_of
+        q, k, v = layer.rotate(plain)[0][:, at], layer.rotate(keys)[0][group], values[0][group]
+        logits = (q @ k.mT) * layer.scale
+        hidden = torch.arange(length, device=x.device)[None, :] > at[:, None]
+        attention = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        # ||W_O (v_j - o_i)||^2 = v_jᵀ M v_j + o_iᵀ M o_i - 2 o_iᵀ M v_j with M = W_Oᵀ W_O: nothing is of width D.
+        metric = torch.einsum("Dhd,Dhe->hde", layer.w_o, layer.w_o)
+        mixed = attention @ v
+        carried = v @ metric
+        own, out = (carried * v).sum(-1), ((mixed @ metric) * mixed).sum(-1)
+        effect = (own[:, None, :] + out[:, :, None] - 2 * mixed @ carried.mT).clamp_(min=0)
+        counted = weights[at] * share.to(weights)
+        sensitivity = effect.mul_(attention).mul_(attention).mul_(counted[:, None])
+        return _Window(inputs, plain[0][:, at], counted, attention, sensitivity)
+
+    def _add_keys(self, window: _Window) -> None:
+        layer, omega = self.layer, window.sensitivity
+        length = omega.shape[2]
+        by_query, by_key = omega.sum(2), omega.sum(1)
+        self.queries += ((window.queries * by_query[..., None]).mT @ window.queries).double()
+        self.phase_weight += by_query.double().sum(1)
+        angle = torch.arange(length, dtype=torch.float64, device=omega.device)[:, None] * layer.inv_freq
+        turns = torch.polar(torch.ones_like(angle), angle)
+        parts = torch.cat([turns.real, turns.imag], 1).to(omega.dtype)
+        summed = (omega @ parts).double()
+        pairs = layer.d // 2
+        at, _ = self._sampled(length, self.tokens // length)
+        self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)
+        for group in range(layer.groups):
+            received = by_key[layer.group_of == group].sum(0)
+            self.keys.add(int(self.class_of[group]), window.inputs, received)
+
+    def _add_values(self, window: _Window) -> None:
+        layer = self.layer
+        for head in range(layer.heads):
+            averages = window.attention[head] @ window.inputs
+            self.values.add(int(self.class_of[int(layer.group_of[head])]), averages, window.weights)

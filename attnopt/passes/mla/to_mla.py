@@ -1,0 +1,151 @@
+"""The pass that turns grouped-query, multi-query and multi-head attention into Multi-head Latent Attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from attnopt.errors import OptionError, UnsupportedError
+from attnopt.passes.mla.budget import Split, candidates, check_split, kept_numbers
+from attnopt.passes.mla.job import Job, Settings
+from attnopt.passes.mla.support import obstacle
+from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option
+from attnopt.rewriter.program import Program
+from attnopt.rewriter.recognize import Miss
+from attnopt.rewriter.site import AttentionSite
+
+#: Of the cache, if nothing is asked for.
+DEFAULT_KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class ToMla(Pass):
+    """Turn attention into Multi-head Latent Attention: cache one latent and one rotary key per token and layer."""
+
+    name: ClassVar[str] = "to-mla"
+    provides: ClassVar[tuple[str, ...]] = ("mla",)
+
+    kv_keep: float | None = option(
+        None, help="fraction of the cached numbers to keep; 0.5 if no sizes are given", minimum=0.01, maximum=4
+    )
+    kv_lora_rank: int | None = option(None, help="width of the latent, the constant lane included", minimum=1)
+    qk_rope_head_dim: int | None = option(None, help="width of the rotary key", minimum=2)
+    recover: Literal["none", "refit"] = option("none", help="fit each layer to its source on the calibration text")
+    epochs: int = option(4, help="passes over the text in a refit", minimum=1)
+    follow: float = option(
+        0.5, help="how far targets lead back to the source model's hidden states", minimum=0.0, maximum=1.0
+    )
+    lane: bool | None = option(None, help="constant last latent channel, for stock classes; none lets attnopt decide")
+    tables: Literal["shared", "per-layer"] = option("shared", help="rope tables; stock classes have one for all layers")
+    force: bool = option(False, help="convert even if the cache grows")
+
+    def check(self, program: Program) -> None:
+        """Refuse a program of which no layer can be converted, and options that contradict each other.
+
+        Raises:
+            UnsupportedError: with the reason of each layer, or if the cache would not shrink.
+            OptionError: for the options.
+        """
+        if (self.kv_lora_rank is None) != (self.qk_rope_head_dim is None):
+            raise OptionError(
+                "kv-lora-rank and qk-rope-head-dim belong together", "give both, or --kv-keep and neither of them"
+            )
+        if self.kv_lora_rank is not None and self.kv_keep is not None:
+            raise OptionError("kv-keep and explicit sizes exclude each other", "give one of them")
+        reasons = {site.fqn: obstacle(site) for site in program.site_list}
+        if all(reasons.values()):
+            distinct = dict.fromkeys(reason for reason in reasons.values() if reason)
+            raise UnsupportedError(
+                "no attention layer can be converted: " + ("; ".join(distinct) or "there is none"),
+                "attnopt inspect shows the layers",
+            )
+        sites = _convertible(program)
+        if "position_ids" not in program.inputs:
+            raise UnsupportedError("the program takes no position ids", "capture a decoder that takes them")
+        shapes = {(s.heads, s.kv_heads, s.d_qk, s.d_v, s.rope and s.rope.inv_freq) for s in sites}
+        if len(shapes) > 1:
+            raise UnsupportedError(
+                "the attention layers that can be converted differ in heads or rotary angles",
+                "only models with equal layers can be converted",
+            )
+        for split in self._splits(sites[0]):
+            check_split(sites[0], split, self._lane(sites[0]), self.force)
+
+    def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
+        """Sizes of each layer; without explicit ones the split is chosen when calibration text is at hand."""
+        sites = _convertible(program)
+        splits = self._splits(sites[0])
+        edit: dict[str, Any] = {"to": "mla", "lane": self._lane(sites[0])}
+        if len(splits) == 1:
+            edit |= {"kv_lora_rank": splits[0].rank, "qk_rope_head_dim": splits[0].rope}
+        else:
+            edit |= {"qk_rope_head_dim": [split.rope for split in splits], "cached": splits[0].total}
+        edits = tuple(SitePlan(site.fqn, edit, (site.cached_numbers_per_token, splits[0].total)) for site in sites)
+        misses = tuple(
+            Miss(f"{site.fqn}: {reason}", (site.nodes.attention,))
+            for site in program.site_list
+            if (reason := obstacle(site))
+        )
+        return Plan(edits, misses, tuple(self._notes(sites[0], splits)), 0)
+
+    def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
+        """Convert every planned layer.
+
+        Raises:
+            OptionError: without calibration text.
+        """
+        if context.calibration is None:
+            raise OptionError("to-mla needs calibration text", "give text with --calib, or --calib self")
+        sites = [edit.site for edit in plan.edits]
+        first = program.sites[sites[0]]
+        settings = Settings(
+            splits=self._splits(first),
+            lane=self._lane(first),
+            refit=self.recover == "refit",
+            epochs=self.epochs,
+            follow=self.follow,
+            shared_table=self.tables == "shared",
+        )
+        with torch.no_grad():
+            outcome = Job(program, sites, settings, context, self.to_text()).run()
+        return PassResult.of(outcome.editor, misses=plan.misses, summary=outcome.summary, layers=outcome.layers)
+
+    def ensures(self, before: Program, after: Program) -> list[str]:
+        """Every converted layer caches one latent and one rotary key, and fewer numbers unless forced."""
+        broken = []
+        for fqn, site in after.sites.items():
+            if site == before.sites[fqn]:
+                continue
+            if site.kind != "mla":
+                broken.append(f"{fqn} is {site.kind}, not mla")
+            elif not self.force and site.cached_numbers_per_token >= before.sites[fqn].cached_numbers_per_token:
+                broken.append(f"{fqn} caches no less than before")
+        return broken
+
+    def _lane(self, site: AttentionSite) -> bool:
+        # With q/k norms no stock class holds the result, so the lane would only cost a channel.
+        return site.q_norm is None and site.k_norm is None if self.lane is None else self.lane
+
+    def _splits(self, site: AttentionSite) -> tuple[Split, ...]:
+        """The split asked for, or those to choose from."""
+        if self.kv_lora_rank is not None and self.qk_rope_head_dim is not None:
+            return (Split(self.qk_rope_head_dim, self.kv_lora_rank),)
+        total = kept_numbers(site, self.kv_keep or DEFAULT_KEEP)
+        return candidates(site, total, self._lane(site))
+
+    def _notes(self, site: AttentionSite, splits: tuple[Split, ...]) -> list[str]:
+        notes = []
+        if len(splits) > 1:
+            widths = ", ".join(str(split.rope) for split in splits)
+            notes.append(f"rope width is chosen among {widths} on held-out calibration text")
+        split = splits[0]
+        cost = (2 * split.rank + split.rope) / (site.d_qk + site.d_v)
+        notes.append(f"absorbed decoding costs about {cost:.1f} times the attention arithmetic per cached token")
+        return notes
+
+
+def _convertible(program: Program) -> list[AttentionSite]:
+    return [site for site in program.site_list if obstacle(site) is None]
