@@ -13,7 +13,7 @@ from torch import nn
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter import anchor
 from attnopt.rewriter.capture import capture_module
-from attnopt.rewriter.interpret import run
+from attnopt.rewriter.interpret import LayerRunner, run
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 from attnopt.rewriter.verify import violations
@@ -88,6 +88,7 @@ def fact(site: AttentionSite, program: Program, name: str) -> Any:
 # Variants of a family that test nothing the fast ones do not test too; all are tracings, which take seconds.
 VARIANTS = {
     "llama-llama3", "llama-wide-heads", "mistral-full", "phi3-partial", "deepseek_v2-yarn", "deepseek_v2-lite",
+    "deepseek_v3",
     "deepseek_v3-half", "falcon", "roberta",
 }  # fmt: skip
 
@@ -122,12 +123,29 @@ def test_family(name: str) -> None:
         x = models.inputs(name, batch, length)
         found = run(program, **x)[program.outputs[0]]
         assert models.relative_error(found, models.eager_output(model, x)) < 5e-6
+    torch.testing.assert_close(in_two_parts(program, x), found, rtol=0, atol=0)
+
+
+def in_two_parts(program: Program, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The output when every layer is stopped before and behind its attention, as calibration does."""
+    runner = LayerRunner(program)
+    env = runner.start(x)
+    for segment in runner.layers:
+        assert segment.site is not None
+        nodes = segment.site.nodes
+        with runner.load(segment) as layer:
+            into = layer.evaluate(env, nodes.input)
+            out = layer.evaluate(env, nodes.output, {nodes.input: into})
+            assert into.ndim == out.ndim == 3
+            assert into.shape[:2] == out.shape[:2]
+            env = layer.advance(env, {nodes.output: out})
+    return runner.finish(env)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "kinds"),
     [
-        ("llama", {"num_hidden_layers": 3}, 1),
+        pytest.param("llama", {"num_hidden_layers": 3}, 1, marks=pytest.mark.slow),
         ("gemma3", {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}, 2),
         pytest.param("deepseek_v3", {"num_hidden_layers": 4}, 2, marks=pytest.mark.slow),
         pytest.param("gpt2", {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True}, 3, marks=pytest.mark.slow),
@@ -164,7 +182,7 @@ def test_stamped_layers_are_what_tracing_them_all_gives(
 
 
 def test_capture_leaves_model_and_registries_alone() -> None:
-    model = models.build("gemma2")
+    model = models.build("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = model.config.to_dict()
     mapping = tf.AttentionInterface._global_mapping.copy()

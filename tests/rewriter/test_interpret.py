@@ -52,24 +52,6 @@ def test_hidden_is_the_residual_stream(program: Program) -> None:
     assert (runner.finish(other) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "swin", "deepseek_v3"])
-def test_layers_can_be_run_in_two_parts(name: str) -> None:
-    program = models.captured(name)[1]
-    x = models.inputs(name, 2, 7)
-    runner = LayerRunner(program)
-    env = runner.start(x)
-    for segment in runner.layers:
-        assert segment.site is not None
-        nodes = segment.site.nodes
-        with runner.load(segment) as layer:
-            into = layer.evaluate(env, nodes.input)
-            out = layer.evaluate(env, nodes.output, {nodes.input: into})
-            assert into.ndim == out.ndim == 3
-            assert into.shape[:2] == out.shape[:2]
-            env = layer.advance(env, {nodes.output: out})
-    torch.testing.assert_close(runner.finish(env), run(program, **x)[program.outputs[0]], rtol=0, atol=0)
-
-
 def test_overriding_the_attention_output_changes_what_follows_and_skips_what_it_needs(program: Program) -> None:
     store = CountingStore(program.weights)
     runner = LayerRunner(program.replace(weights=store))
