@@ -195,7 +195,7 @@ def convert_model(
 ) -> Conversion:
     """Run a pipeline on a model and write the result."""
     from attnopt.artifact import Manifest
-    from attnopt.codegen.hf.emit import emit
+    from attnopt.codegen.hf.emit import check_source, emit
     from attnopt.evaluate import peak_rss_bytes
     from attnopt.staging import Staging, resume_key
 
@@ -214,6 +214,7 @@ def convert_model(
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
     with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
         program = capture_model(source, reporter)
+        check_source(program, options.emit)
         _refuse_beyond_budget(program, pipeline, calibration, options)
         if text is None:
             text = _self_written(source, calibration, options, device, staging, reporter)
