@@ -61,6 +61,7 @@ def _in_child(action: Callable[[], None]) -> int:
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(1)  # threads do not survive a fork
             action()
             code = 0
         finally:

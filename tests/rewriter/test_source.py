@@ -199,7 +199,8 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "model.safetensors"))
 
-    monkeypatch.setattr("builtins.open", refuse)  # permissions do not bind root, who may run the tests
+    # Permissions do not bind root, who may run the tests.
+    monkeypatch.setattr("attnopt.rewriter.safe_tensors.open", refuse, raising=False)
     with pytest.raises(SourceError, match=r"cannot read .*: Permission denied"):
         open_source(tmp_path)
 

@@ -219,6 +219,7 @@ def test_reading_a_file_does_not_keep_it_in_memory(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # threads do not survive a fork
             os.write(writer, str(read_all()).encode())
         finally:
             os._exit(0)
