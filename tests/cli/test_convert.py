@@ -156,7 +156,7 @@ class TestDryRun:
 
 REFUSED = [
     (["--to", "mlo"], "no method 'mlo'", "mla"),
-    (["--to", "mla", "--kv-keep", "1.5"], "kv-keep=1.5", "kv-keep"),
+    (["--to", "mla", "--kv-keep", "1.5"], "cached numbers per token", "--kv-keep"),
     (["--to", "mla", "--kv-keep", "nan"], "kv-keep", "kv-keep"),
     (["--to", "mla", "--kv-lora-rank", "0"], "kv-lora-rank", "kv-lora-rank"),
     (["--to", "mla", "--device", "abacus"], "abacus", "cuda"),
@@ -166,7 +166,7 @@ REFUSED = [
     (["--to", "mla", "--calib-tokens", "0"], "calibration tokens", "--calib-tokens"),
     (["--to", "mla", "--context", "2"], "context", "--context"),
     (["--to", "mla", "--calib", "nowhere.txt"], r"nowhere\.txt", "path"),
-    (["--to", "mla", "--calib", "self", "--calib", "x.txt"], "self", "one or the other"),
+    (["--to", "mla", "--calib", "self", "--calib", "x.txt"], "self", "not both"),
     (["--to", "mla", "--kv-lora-rank", "64", "--qk-rope-head-dim", "8"], "cache", "--force"),
 ]
 
