@@ -85,7 +85,7 @@ class Options:
         for spec in option_specs(type(self)):
             value = getattr(self, spec.field)
             if full or spec.default is dataclasses.MISSING or value != spec.default:
-                parts.append(f"{spec.name}={_format(value)}")
+                parts.append(f"{spec.name}={_format(value, spec.type)}")
         return self.name + (f"{{{' '.join(parts)}}}" if parts else "")
 
 
@@ -142,73 +142,83 @@ def _range(limits: Mapping[str, Any]) -> str:
     return f" of at least {low}" if low is not None else f" of at most {high}" if high is not None else ""
 
 
+class Bare(str):
+    """A word without quotes in pipeline text. What it stands for depends on the option: a number, true, none, text."""
+
+    __slots__ = ()
+
+
 def _checked(value: Any, spec: OptionSpec, limits: Mapping[str, Any], owner: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
-    fitted = [_fit(value, choice, limits) for choice in _alternatives(spec.type)]
-    for result in fitted:
-        if result is not _NO:
-            return result
-    raise OptionError(f"{owner}: {spec.name}={value!r} is not {spec.kind}", f"{spec.name}: {spec.help}")
+    result = _fit(value, spec.type, limits)
+    if result is _NO:
+        shown = f"[{' '.join(map(str, value))}]" if isinstance(value, tuple) else value
+        raise OptionError(f"{owner}: {spec.name}={shown} is not {spec.kind}", f"{spec.name}: {spec.help}")
+    return result
 
 
 _NO = object()
 
 
 def _fit(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """The value as one of type `kind`, or _NO. Whole numbers pass as numbers, nothing else is converted."""
+    """The value as one of type `kind`, or _NO. Text is the last thing a bare word is taken for."""
+    choices = sorted(_alternatives(kind), key=lambda choice: choice is str)
+    fitted = (_fit_one(value, choice, limits) for choice in choices)
+    return next((result for result in fitted if result is not _NO), _NO)
+
+
+def _fit_one(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is type(None):
-        return value if value is None else _NO
     if origin is Literal:
-        return value if any(value == a and type(value) is type(a) for a in args) else _NO
+        return next((a for a in args if _fit_plain(value, type(a)) == a), _NO)
     if origin is tuple:
         if not isinstance(value, tuple):
             return _NO
         items = tuple(_fit(item, args[0], limits) for item in value)
         return _NO if _NO in items else items
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        return _NO
-    if kind in (int, float):
+    result = _fit_plain(value, kind)
+    if result is not _NO and kind in (int, float):
         low, high = limits.get("minimum"), limits.get("maximum")
-        legal = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
-        return value if legal else _NO
-    return value
+        legal = math.isfinite(result) and (low is None or result >= low) and (high is None or result <= high)
+        return result if legal else _NO
+    return result
 
 
-def _format(value: Any) -> str:
+_WORDS = {"none": None, "true": True, "false": False}
+_NUMBERS = {int: re.compile(r"[+-]?\d{1,1000}"), float: re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")}
+
+
+def _fit_plain(value: Any, kind: Any) -> Any:
+    """The value as one of a plain type, or _NO. Whole numbers pass as numbers; nothing else is converted."""
+    if isinstance(value, Bare):
+        if kind in (bool, type(None)):
+            value = _WORDS.get(value, _NO)
+        elif kind in _NUMBERS:
+            value = kind(value) if _NUMBERS[kind].fullmatch(value) else _NO
+        else:
+            value = str(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    return value if type(value) is kind else _NO
+
+
+def _format(value: Any, kind: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, tuple):
-        return f"[{' '.join(_format(item) for item in value)}]"
-    if _BARE.fullmatch(value) and not _reads_as_other(value):
+        (item,) = (typing.get_args(c)[0] for c in _alternatives(kind) if typing.get_origin(c) is tuple)
+        return f"[{' '.join(_format(v, item) for v in value)}]"
+    if _BARE.fullmatch(value) and _fit(Bare(value), kind, {}) == value:
         return value
     return json.dumps(value)
 
 
-def _reads_as_other(word: str) -> bool:
-    return not isinstance(_word(word), str)
-
-
-def _word(word: str) -> Any:
-    """What a bare word stands for: a number, true, false, none or itself."""
-    named = {"none": None, "true": True, "false": False}
-    if word in named:
-        return named[word]
-    if re.fullmatch(r"[+-]?\d+", word):
-        return int(word)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word):
-        return float(word)
-    return word
-
-
 @dataclass(frozen=True)
 class ParsedPass:
-    """A pass as written: its name and its options by their names in the text."""
+    """A pass as written: its name, and its options by their names; values are `Bare`, text, or tuples of these."""
 
     name: str
     options: dict[str, Any]
@@ -285,7 +295,7 @@ class _Reader:
         kind, text, place = self.tokens[self.next]
         if kind == "word":
             self.next += 1
-            return _word(text)
+            return Bare(text)
         if kind == "text":
             self.next += 1
             try:

@@ -54,11 +54,16 @@ def test_text_is_what_people_write() -> None:
     (scale, other) = parse(
         'scale{factor=0.5 layers=[0 2]} , everything{needed=1 label="two words" maybe=none flag=true}'
     )
-    assert scale.options == {"factor": 0.5, "layers": (0, 2)}
-    assert other.options == {"needed": 1, "label": "two words", "maybe": None, "flag": True}
+    assert build(Scale, scale.options) == Scale(factor=0.5, layers=(0, 2))
+    assert build(Everything, other.options) == Everything(needed=1, label="two words", maybe=None, flag=True)
     assert Scale().to_text() == "scale"
     assert Scale(factor=2.0).to_text() == "scale{factor=2.0}"
     assert Scale().to_text(full=True) == "scale{factor=1.5 layers=all}"
+    assert Everything(needed=1, mode="none").to_text() == "everything{needed=1 mode=none}"
+    assert Everything(needed=1, label="5").to_text() == "everything{needed=1 label=5}"
+    assert Everything(needed=1, maybe="none", items=(1,), names=("a", "b c")).to_text() == (
+        'everything{needed=1 maybe="none" items=[1] names=[a "b c"]}'
+    )
     assert Everything(needed=1, two_words=2).to_text() == "everything{needed=1 two-words=2}"
 
 
@@ -81,15 +86,17 @@ def test_text_is_what_people_write() -> None:
         ("scale{facter=2}", "scale has no option 'facter'", "did you mean factor? its options are: factor (a number"),
         ("negate{x=1}", "negate has no option 'x'", "its options are: none"),
         ("scale{factor=9}", "scale: factor=9 is not a number from -8 to 8", "factor: the factor"),
-        ("scale{factor=two}", "scale: factor='two' is not a number from -8 to 8", "the factor"),
+        ("scale{factor=two}", "scale: factor=two is not a number from -8 to 8", "the factor"),
         ("scale{layers=[0 -1]}", "is not a list [...] of which each is a whole number of at least 0 or all", "which"),
         ("everything", "everything needs the option needed", "needed (a whole number)"),
         ("everything{needed=1 count=1.5}", "count=1.5 is not a whole number from -5 to 99", "a count"),
         ("everything{needed=1 flag=1}", "flag=1 is not true or false", "a flag"),
-        ("everything{needed=true}", "needed=True is not a whole number", "has no default"),
-        ("everything{needed=1 mode=quick}", "mode='quick' is not fast or slow or none", "a mode"),
-        ("everything{needed=1 label=5}", "label=5 is not text", "a label"),
-        ("scale{factor=1e999}", "factor=inf is not a number", "the factor"),
+        ("everything{needed=true}", "needed=true is not a whole number", "has no default"),
+        ("everything{needed=1 mode=quick}", "mode=quick is not fast or slow or none", "a mode"),
+        ("everything{needed=1 label=[5]}", "label=[5] is not text", "a label"),
+        ('everything{needed="1"}', "needed=1 is not a whole number", "has no default"),
+        ('everything{needed=1 flag="true"}', "flag=true is not true or false", "a flag"),
+        ("scale{factor=1e999}", "factor=1e999 is not a number", "the factor"),
     ],
 )
 def test_mistakes_are_explained(text: str, message: str, hint: str) -> None:
