@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,11 +97,24 @@ def _refuse_by_config(config: Any) -> None:
     tables = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else [rope]
     for table in tables:
         kind = (table or {}).get("rope_type", "default")
-        if kind in _LENGTH_DEPENDENT:
+        if kind in _LENGTH_DEPENDENT and not _is_fixed(table):
             raise UnsupportedError(
                 f"rope type {kind!r} changes its frequencies with the length of the input",
                 "choose a fixed rope type in the model's config.json (default, linear, llama3 or yarn)",
             )
+
+
+def _is_fixed(table: Mapping[str, Any]) -> bool:
+    """True for longrope with one list of factors for short and long inputs: how free tables are written."""
+    return table["rope_type"] == "longrope" and table.get("short_factor") == table.get("long_factor")
+
+
+def _freeze_rope(skeleton: nn.Module) -> None:
+    """Take the update that longrope makes in every forward pass out of tables that it would not change."""
+    module: Any  # transformers' own attribute, which nn.Module does not know
+    for module in skeleton.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = "fixed"
 
 
 def _capture(skeleton: nn.Module, weights: WeightStore) -> Program:
@@ -110,6 +124,7 @@ def _capture(skeleton: nn.Module, weights: WeightStore) -> Program:
     _refuse_by_config(config)
     facts = config.to_dict()
     _prepare(skeleton)
+    _freeze_rope(skeleton)
     cut = cut_layers(skeleton)
     if cut is not None:
         program = _capture_cut(skeleton, cut, weights)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ from attnopt.codegen.hf import deepseek_v3
 from attnopt.codegen.hf.emission import check_complete
 from attnopt.errors import UnsupportedError, VerificationError
 from attnopt.evaluate.measure import count_cached_numbers, measure_cache
+from attnopt.rewriter.capture import capture
+from attnopt.rewriter.interpret import run
 from attnopt.rewriter.program import Program
+from attnopt.rewriter.source import open_source
 from attnopt.rewriter.weights import Derived
 
 STOCK = ("llama", "mistral", "qwen2", "phi3")
@@ -110,6 +115,23 @@ def test_llama3_scaling_and_long_positions() -> None:
     model = module_of(deepseek_v3.build(program_of(source)))
     ids = tokens(1, 200)
     assert error(model(ids).logits, source(ids).logits) < 1e-4
+
+
+def test_capture_understands_free_tables(tmp_path: Path) -> None:
+    """`attnopt inspect` reads what `attnopt convert` wrote; factors that differ by length are still refused."""
+    model = module_of(deepseek_v3.build(program_of(tiny("llama"))))
+    assert model.config.rope_parameters["rope_type"] == "longrope"
+    model.save_pretrained(tmp_path)
+    program = capture(open_source(tmp_path))
+    assert [(s.kind, s.cached_numbers_per_token) for s in program.site_list] == [("mla", 33)] * 2
+    ids = tokens(2, 9)
+    got = run(program, input_ids=ids, position_ids=torch.arange(9).expand(2, -1))["logits"]
+    assert error(got, model(ids).logits.detach()) < 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["long_factor"] = [2 * f for f in config["rope_parameters"]["long_factor"]]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="longrope"):
+        capture(open_source(tmp_path))
 
 
 @torch.no_grad()
