@@ -15,7 +15,7 @@ from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.rewriter.site import AttentionSite
 
 #: Shares of the budget that are tried as rope width.
-ROPE_SHARES = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+ROPE_SHARES = (0.22, 0.29, 0.36, 0.43)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def split_errors(
     result = {}
     for split in splits:
         table = choose_table([energies], split.rope // 2)
-        layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=2)
+        layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=1)
         layer = layer.to(held_out[0].x.dtype)
         error = 0.0
         for sample, target in zip(held_out, targets, strict=True):

@@ -135,7 +135,7 @@ class Predicted:
 
 
 def closed_form(
-    stats: LayerStatistics, table: tuple[int, ...], rank: int, *, sweeps: int = 6
+    stats: LayerStatistics, table: tuple[int, ...], rank: int, *, sweeps: int = 3
 ) -> tuple[LatentLayer, Predicted]:
     """Convert a layer.
 

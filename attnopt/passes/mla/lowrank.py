@@ -124,7 +124,7 @@ def loss_of(blocks: Sequence[Block], moments: Tensor, encoder: Tensor, decoders:
 
 
 def fit(
-    blocks: Sequence[Block], moments: Tensor, common: Tensor, rank: int, sweeps: int = 6, steps: int = 10
+    blocks: Sequence[Block], moments: Tensor, common: Tensor, rank: int, sweeps: int = 3, steps: int = 8
 ) -> LowRank:
     """Approximate the blocks: closed form on a common moment, then alternating least squares.
 

@@ -23,7 +23,7 @@ from attnopt.rewriter.interpret import LayerRunner
 #: Tokens of each pool that are looked at.
 FITTED_TOKENS, HELD_OUT_TOKENS = 6144, 2048
 #: Layers, spread over the depth, on which splits are tried.
-MEASURED_LAYERS = 8
+MEASURED_LAYERS = 6
 
 
 @dataclass(frozen=True)

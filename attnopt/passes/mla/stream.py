@@ -14,7 +14,7 @@ from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 TOKENS_AT_ONCE = 1024
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """Some windows and where they are.
 

@@ -1,0 +1,103 @@
+"""Recovery: the ridge solution is the minimum, and a refit never loses on windows it has not seen."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnopt.passes.mla.layer import LatentLayer, closed_form
+from attnopt.passes.mla.refit import Example, OutputRidge, error_of, refit
+from attnopt.passes.mla.slots import choose_table, slot_energies
+from attnopt.passes.mla.source_layer import SourceLayer
+from tests.passes.mla.layers import relative, source, statistics, text, weights_of
+
+
+def small(layer: SourceLayer) -> LatentLayer:
+    stats = statistics(layer)
+    return closed_form(stats, choose_table([slot_energies(stats)], 3), 6)[0]
+
+
+def examples(layer: SourceLayer, seed: int, count: int) -> list[partial[Example]]:
+    def example(x: Tensor) -> Example:
+        return Example(x, layer.attend(x), weights_of(x))
+
+    return [partial(example, text(layer, batch=2, seed=seed + i)) for i in range(count)]
+
+
+def test_ridge_is_the_weighted_least_squares_solution() -> None:
+    layer = source()
+    start = small(layer)
+    x = text(layer, batch=8)
+    weights = weights_of(x).double()
+    ridge = OutputRidge(start)
+    ridge.add(start.mixed(layer, x[:3]), layer.attend(x[:3]), weights[:3])
+    ridge.add(start.mixed(layer, x[3:]), layer.attend(x[3:]), weights[3:])
+    solved = ridge.solve(strength=1e-12)
+    inputs = torch.cat([start.mixed(layer, x).flatten(0, 1), torch.ones(8 * 48, 1, dtype=torch.float64)], 1)
+    root = weights.flatten().sqrt()[:, None]
+    expected = torch.linalg.lstsq(inputs * root, layer.attend(x).flatten(0, 1) * root).solution
+    # Values that come from a narrow latent determine less than the whole projection: compare what it gives.
+    assert relative(inputs @ torch.cat([solved.w_o.T, solved.b_o[None]]), inputs @ expected) < 1e-4
+
+
+def test_strong_ridge_leaves_the_projection_alone() -> None:
+    layer = source()
+    start = small(layer)
+    x = text(layer)
+    ridge = OutputRidge(start)
+    ridge.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
+    assert relative(ridge.solve(strength=1e9).w_o, start.w_o) < 1e-6
+    assert relative(ridge.solve(strength=1e-2).w_o, start.w_o) > 1e-3
+
+
+def test_ridge_helps_on_other_text() -> None:
+    layer = source()
+    start = small(layer)
+    ridge = OutputRidge(start)
+    x = text(layer, batch=24)
+    ridge.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
+    held_out = examples(layer, 50, 2)
+    assert error_of(ridge.solve(), layer, held_out) < error_of(start, layer, held_out)
+
+
+@pytest.mark.parametrize("form", ["plain", "bias", "norms"])
+def test_refit_helps_on_other_text(form: str) -> None:
+    layer = source(bias=form == "bias", norms=form == "norms")
+    start = small(layer)
+    fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6, rate=0.01)
+    assert fitted.after < 0.99 * fitted.before
+    assert fitted.after == pytest.approx(error_of(fitted.layer, layer, examples(layer, 50, 2)))
+    assert fitted.steps == 48
+    assert torch.equal(fitted.layer.inv_freq, start.inv_freq)
+    if form != "bias":
+        assert torch.equal(fitted.layer.query_bias, start.query_bias)
+
+
+@pytest.mark.parametrize("rate", [1.0, 30.0])
+def test_refit_is_never_worse_on_held_out_text(rate: float) -> None:
+    layer = source()
+    start = small(layer)
+    fitted = refit(start, layer, examples(layer, 10, 4), examples(layer, 50, 1), epochs=2, rate=rate)
+    assert fitted.after <= fitted.before
+
+
+def test_refit_is_repeatable_and_leaves_the_start_alone() -> None:
+    layer = source()
+    start = small(layer)
+    before = {name: tensor.clone() for name, tensor in start.tensors().items()}
+    runs = [refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*(r.layer.tensors().values() for r in runs), strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.tensors().items())
+    other = refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2, seed=1)
+    assert not torch.equal(other.layer.w_uv, runs[0].layer.w_uv)
+
+
+def test_nothing_to_do_is_nothing_done() -> None:
+    layer = source()
+    start = small(layer)
+    fitted = refit(start, layer, [], examples(layer, 50, 1))
+    assert fitted.layer is start
+    assert fitted.steps == 0
