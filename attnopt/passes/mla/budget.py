@@ -92,19 +92,21 @@ class HeldOut:
 
     Attributes:
         x: attention input [B, S, D].
+        target: the source layer's output, [B, S, D].
         weights: token weights [B, S].
     """
 
     x: Tensor
+    target: Tensor
     weights: Tensor
 
 
 def split_errors(
     stats: LayerStatistics, held_out: Sequence[HeldOut], splits: Sequence[Split], lane: bool
 ) -> dict[Split, float]:
-    """Weighted squared output error of a layer's closed form on held-out text, per token, for each split.
+    """Weighted mean square of the output error of a layer's closed form on held-out text, for each split.
 
-    The weights divide by the residual stream's size, so errors of different layers can be added.
+    The weights divide by the residual stream's mean square, so errors of different layers can be added.
 
     Args:
         stats: of the layer, on other text.
@@ -114,7 +116,6 @@ def split_errors(
     """
     energies = slot_energies(stats)
     source = stats.layer
-    targets = [source.attend(sample.x) for sample in held_out]
     tokens = sum(sample.weights.numel() for sample in held_out)
     result = {}
     for split in splits:
@@ -122,8 +123,8 @@ def split_errors(
         layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=1)
         layer = layer.to(held_out[0].x.dtype)
         error = 0.0
-        for sample, target in zip(held_out, targets, strict=True):
-            difference = (layer.attend(source, sample.x) - target).pow(2).sum(-1)
+        for sample in held_out:
+            difference = (layer.attend(source, sample.x) - sample.target).pow(2).mean(-1)
             error += float((difference * sample.weights).sum())
         result[split] = error / tokens
     return result

@@ -170,6 +170,9 @@ class _LayerJob:
         self.stream, self.reference = stream, reference
         self.source: SourceLayer = read_source(site, loaded.weight)
         self.rank = split.rank - int(job.settings.lane)
+        self.outputs: list[Tensor] = []  # the source layer's, for each batch
+        self.weights: list[Tensor] = []  # of the tokens of each batch
+        self.reference_outputs: dict[int, Tensor] = {}
 
     def run(self, table: tuple[int, ...]) -> dict[str, Any]:
         """Convert the layer, or take it from an unfinished run, and send the text through it."""
@@ -197,8 +200,14 @@ class _LayerJob:
     def _convert(self, table: tuple[int, ...], inv_freq: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings, source = self.job.settings, self.source
         stats = LayerStatistics(source, settings.stride, self.job.pooled)
-        for batch in self.stream.fitted_on():
-            stats.update(*self._input(batch))
+        for batch in self.stream.batches:
+            x = self._input(batch)
+            output = source.attend(x)
+            importance = token_weights(self.stream.env(batch).hidden + output)
+            if not batch.held_out:
+                stats.update(x, importance)
+            self.outputs.append(output.to(self.job.keep))
+            self.weights.append(importance)
         stats.check()
         layer, predicted = closed_form(stats, table, self.rank)
         weights = to_weights(layer, source, settings.lane)
@@ -219,31 +228,36 @@ class _LayerJob:
             )
         return weights, record
 
-    def _input(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Attention input and token weights of a batch."""
-        env = self.stream.env(batch)
-        return self.loaded.evaluate(env, self.site.nodes.input), token_weights(env.hidden)
+    def _input(self, batch: Batch, stream: Stream | None = None) -> Tensor:
+        """Attention input of a batch."""
+        return self.loaded.evaluate((stream or self.stream).env(batch), self.site.nodes.input)
 
-    def _target(self, batch: Batch, x: Tensor) -> Tensor:
+    def _target(self, place: int) -> Tensor:
         """What the layer should give for a batch."""
         follow, reference = self.job.settings.follow, self.reference
-        own = self.source.attend(x) if follow < 1 else torch.zeros_like(x)
+        own = self.outputs[place].to(self.job.context.dtype)
         if reference is None:
             return own
-        twin = reference.batches[self.stream.batches.index(batch)]
-        env = reference.env(twin)
-        output = self.source.attend(self.loaded.evaluate(env, self.site.nodes.input))
-        back = env.hidden + output - self.stream.env(batch).hidden
+        ahead = reference.env(reference.batches[place]).hidden + self._reference_output(reference, place)
+        back = ahead - self.stream.env(self.stream.batches[place]).hidden
         return (1 - follow) * own + follow * back
+
+    def _reference_output(self, reference: Stream, place: int) -> Tensor:
+        """The source layer's output on the source model's own stream."""
+        if place not in self.reference_outputs:
+            output = self.source.attend(self._input(reference.batches[place], reference))
+            self.reference_outputs[place] = output.to(self.job.keep)
+        return self.reference_outputs[place].to(self.job.context.dtype)
 
     def _ridge(self, layer: LatentLayer) -> tuple[LatentLayer, float, list[Tensor]]:
         """Refit the output projection; also the largest latent and the targets (kept only for a refit)."""
         ridge, peak, targets = OutputRidge(layer), 0.0, []
-        for batch in self.stream.batches:
-            x, weights = self._input(batch)
-            target = self._target(batch, x)
+        for place, batch in enumerate(self.stream.batches):
+            if batch.held_out and not self.job.settings.refit:
+                continue
+            x, target = self._input(batch), self._target(place)
             if not batch.held_out:
-                ridge.add(layer.mixed(self.source, x), target, weights)
+                ridge.add(layer.mixed(self.source, x), target, self.weights[place])
                 peak = max(peak, layer.latent_norm(self.source, x))
             if self.job.settings.refit:
                 targets.append(target.to(self.job.keep))
@@ -251,8 +265,8 @@ class _LayerJob:
 
     def _refit(self, layer: LatentLayer, targets: Sequence[Tensor], record: dict[str, Any]) -> LatentLayer:
         def example(place: int) -> Example:
-            x, weights = self._input(self.stream.batches[place])
-            return Example(x, targets[place].to(x.dtype), weights)
+            x = self._input(self.stream.batches[place])
+            return Example(x, targets[place].to(x.dtype), self.weights[place])
 
         pools: dict[bool, list[Any]] = {False: [], True: []}
         for place, batch in enumerate(self.stream.batches):
@@ -262,18 +276,16 @@ class _LayerJob:
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
         with torch.no_grad():
             record["peak"] = max(
-                fitted.layer.latent_norm(self.source, self._input(batch)[0]) for batch in self.stream.batches
+                fitted.layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches
             )
         return fitted.layer
 
     def _advance(self, layer: LatentLayer) -> None:
         for place, batch in enumerate(self.stream.batches):
-            x, _ = self._input(batch)
-            self.stream.advance(batch, self.loaded, layer.attend(self.source, x))
+            self.stream.advance(batch, self.loaded, layer.attend(self.source, self._input(batch)))
             if self.reference is not None:
-                twin = self.reference.batches[place]
-                x = self.loaded.evaluate(self.reference.env(twin), self.site.nodes.input)
-                self.reference.advance(twin, self.loaded, self.source.attend(x))
+                output = self._reference_output(self.reference, place)
+                self.reference.advance(self.reference.batches[place], self.loaded, output)
 
 
 def _kept_type(program: Program, compute: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import LayerRunner
 
 #: Tokens of each pool that are looked at.
-FITTED_TOKENS, HELD_OUT_TOKENS = 6144, 2048
+FITTED_TOKENS, HELD_OUT_TOKENS = 6144, 4096
 #: Layers, spread over the depth, on which splits are tried.
 MEASURED_LAYERS = 6
 
@@ -85,20 +85,26 @@ def look(
                 if site is not None and site.fqn in sites:
                     source = read_source(site, loaded.weight)
                     stats = LayerStatistics(source, stride, pooled)
-                    samples = []
+                    samples, outputs = [], []
                     for batch in stream.batches:
                         env = stream.env(batch)
-                        x, weights = loaded.evaluate(env, site.nodes.input), token_weights(env.hidden)
+                        x = loaded.evaluate(env, site.nodes.input)
+                        output = source.attend(x)
+                        weights = token_weights(env.hidden + output)
+                        outputs.append(output)
                         if batch.held_out:
-                            samples.append(HeldOut(x, weights))
+                            samples.append(HeldOut(x, output, weights))
                         else:
                             stats.update(x, weights)
                     stats.check()
                     energies[site.fqn] = slot_energies(stats)
                     if site.fqn in measured:
                         errors.append(split_errors(stats, samples, splits, lane))
-                for batch in stream.batches:
-                    stream.advance_unchanged(batch, loaded)
+                    for batch, output in zip(stream.batches, outputs, strict=True):
+                        stream.advance(batch, loaded, output)
+                else:
+                    for batch in stream.batches:
+                        stream.advance_unchanged(batch, loaded)
             reporter.advance(handle)
     totals = {split: sum(layer[split] for layer in errors) for split in splits} if errors else {}
     return Probe(energies, totals)

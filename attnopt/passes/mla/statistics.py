@@ -31,7 +31,7 @@ def token_weights(hidden: Tensor) -> Tensor:
     """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
 
     Args:
-        hidden: the residual stream [B, S, D].
+        hidden: the residual stream after the attention was added, [B, S, D].
 
     Returns:
         [B, S], positive; the first token's is raised to `FIRST_TOKEN_SHARE` of the window.

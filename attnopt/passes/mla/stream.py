@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +58,6 @@ class Stream:
     def advance_unchanged(self, batch: Batch, layer: LoadedSegment) -> None:
         """Send a batch through a layer as it is."""
         batch.env = self._store(layer.advance(self.env(batch)))
-
-    def fitted_on(self) -> Iterator[Batch]:
-        """The batches to fit on."""
-        return (batch for batch in self.batches if not batch.held_out)
-
-    def judged_by(self) -> Iterator[Batch]:
-        """The batches to judge by."""
-        return (batch for batch in self.batches if batch.held_out)
 
     def _store(self, env: Env) -> Env:
         return env.with_hidden(env.hidden.to(self.keep))

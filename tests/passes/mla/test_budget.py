@@ -71,7 +71,7 @@ def test_split_errors_are_measured_on_held_out_text() -> None:
     x = text(layer, batch=2, seed=8)
     found = budget.split_errors(
         statistics(layer, text(layer, batch=16)),
-        [HeldOut(x, weights_of(x))],
+        [HeldOut(x, layer.attend(x), weights_of(x))],
         [Split(2, 10), Split(16, 32), Split(32, 33)],
         lane=True,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,7 +53,7 @@ def test_error_falls_with_rank_and_ends_at_nothing() -> None:
     blocks, moments = problem(8, (4, 4), 2)
     common = moments.mean(0)
     losses = [lowrank.fit(blocks, moments, common, rank).loss for rank in range(1, 9)]
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(losses))
     assert losses[-1] < 1e-9 * lowrank.fit(blocks, moments, common, 1).total
 
 
@@ -60,7 +62,7 @@ def test_alternating_least_squares_improves_the_start(classes: int) -> None:
     blocks, moments = problem(10, (4, 4, 4), classes)
     common = moments.mean(0)
     losses = [lowrank.fit(blocks, moments, common, 4, sweeps=n).loss for n in (0, 1, 4, 12)]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(losses))
     if classes > 1:
         assert losses[-1] < 0.99 * losses[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_more_slots_leave_less_and_the_best_come_first() -> None:
     stats = statistics(source(8, 4, 8))
     energies = slots.slot_energies(stats)
     left = [slots.left_by(energies, slots.choose_table([energies], n)) for n in range(1, 17)]
-    assert all(b <= a for a, b in zip(left, left[1:], strict=False))
+    assert all(b <= a for a, b in pairwise(left))
     worst = sorted(energies.flatten().tolist())
     assert left[2] == pytest.approx(sum(worst[:-3]), rel=1e-9)
 
