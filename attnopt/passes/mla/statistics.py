@@ -56,10 +56,11 @@ class Moment:
 
     def add(self, of: int, vectors: Tensor, weights: Tensor) -> None:
         """Add vectors [n, p] with weights [n] >= 0 to class `of`."""
-        scaled = vectors * weights.clamp(min=0).sqrt()[:, None].to(vectors.dtype)
-        self.second[of] += (scaled.T @ scaled).double()
-        self.first[of] += (weights.to(vectors.dtype) @ vectors).double()
-        self.weight[of] += weights.double().sum()
+        # In float64 throughout: most of the energy is in the mean, which the covariance takes out again.
+        vectors, weights = vectors.double(), weights.double().clamp(min=0)
+        self.second[of] += (vectors * weights[:, None]).T @ vectors
+        self.first[of] += weights @ vectors
+        self.weight[of] += weights.sum()
 
     def uncentred(self) -> Tensor:
         """E[u uᵀ] per class, [classes, p, p]."""
@@ -196,9 +197,9 @@ class LayerStatistics:
         pairs = layer.d // 2
         at, _ = self._sampled(length, self.tokens // length)
         self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)
-        for group in range(layer.groups):
-            received = by_key[layer.group_of == group].sum(0)
-            self.keys.add(int(self.class_of[group]), window.inputs, received)
+        class_of_head = self.class_of.to(layer.group_of)[layer.group_of]
+        for of in range(len(self.keys.weight)):
+            self.keys.add(of, window.inputs, by_key[class_of_head == of].sum(0))
 
     def _add_values(self, window: _Window) -> None:
         layer = self.layer
