@@ -173,6 +173,7 @@ class _LayerJob:
         self.outputs: list[Tensor] = []  # the source layer's, for each batch
         self.weights: list[Tensor] = []  # of the tokens of each batch
         self.reference_outputs: dict[int, Tensor] = {}
+        self.mixed: dict[int, Tensor] = {}  # heads' outputs of the converted layer, while only w_o may still change
 
     def run(self, table: tuple[int, ...]) -> dict[str, Any]:
         """Convert the layer, or take it from an unfinished run, and send the text through it."""
@@ -257,7 +258,10 @@ class _LayerJob:
                 continue
             x, target = self._input(batch), self._target(place)
             if not batch.held_out:
-                ridge.add(layer.mixed(self.source, x), target, self.weights[place])
+                mixed = layer.mixed(self.source, x)
+                ridge.add(mixed, target, self.weights[place])
+                if not self.job.settings.refit:
+                    self.mixed[place] = mixed
                 peak = max(peak, layer.latent_norm(self.source, x))
             if self.job.settings.refit:
                 targets.append(target.to(self.job.keep))
@@ -282,7 +286,10 @@ class _LayerJob:
 
     def _advance(self, layer: LatentLayer) -> None:
         for place, batch in enumerate(self.stream.batches):
-            self.stream.advance(batch, self.loaded, layer.attend(self.source, self._input(batch)))
+            mixed = self.mixed.pop(place, None)
+            if mixed is None:
+                mixed = layer.mixed(self.source, self._input(batch))
+            self.stream.advance(batch, self.loaded, layer.project(mixed))
             if self.reference is not None:
                 output = self._reference_output(self.reference, place)
                 self.reference.advance(self.reference.batches[place], self.loaded, output)
