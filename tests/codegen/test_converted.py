@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import module_of, tokens
-from lossless import tiny
 
 from attnopt.artifact import Staging
 from attnopt.codegen.hf.emit import check_source, choose
@@ -19,6 +17,8 @@ from attnopt.rewriter.interpret import run
 from attnopt.rewriter.passes import PassContext
 from attnopt.rewriter.pipeline import Pipeline
 from attnopt.rewriter.source import open_source
+from tests.codegen.loading import module_of, tokens
+from tests.codegen.lossless import tiny
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from loading import module_of, tokens
-from lossless import Variation, program_of, tiny
 
 from attnopt.codegen.hf import deepseek_v3
 from attnopt.codegen.hf.emission import check_complete
@@ -21,6 +19,8 @@ from attnopt.rewriter.interpret import run
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.source import open_source
 from attnopt.rewriter.weights import Derived
+from tests.codegen.loading import module_of, tokens
+from tests.codegen.lossless import Variation, program_of, tiny
 
 STOCK = ("llama", "mistral", "qwen2", "phi3")
 

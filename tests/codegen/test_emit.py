@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from loading import module_of, tokens
-from lossless import Variation, program_of, tiny
 from safetensors.torch import load_file
 
 from attnopt import artifact
@@ -26,6 +24,8 @@ from attnopt.rewriter.capture import capture
 from attnopt.rewriter.program import Program, copy_graph
 from attnopt.rewriter.source import open_source
 from attnopt.rewriter.weights import Derived
+from tests.codegen.loading import module_of, tokens
+from tests.codegen.lossless import Variation, program_of, tiny
 
 
 class Source:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from loading import module_of, tokens
-from lossless import EXTRA, Variation, program_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,6 +18,8 @@ from attnopt.codegen.hf.configuration_attnopt import SEMANTICS, AttnoptConfig
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.capture import capture
 from attnopt.rewriter.source import open_source
+from tests.codegen.loading import module_of, tokens
+from tests.codegen.lossless import EXTRA, Variation, program_of, tiny
 
 pytestmark = pytest.mark.usefixtures("_no_grad")
 
