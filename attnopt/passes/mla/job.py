@@ -301,6 +301,14 @@ def _kept_type(program: Program, compute: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if name in ("bfloat16", "float16") else compute
 
 
+def working_bytes(site: AttentionSite) -> int:
+    """Bytes that the statistics and the closed form of one layer take beside its weights, roughly."""
+    assert site.q is not None
+    rows, width = site.kv_heads * (site.d_qk + site.d_v), site.q.in_features
+    inner = min(rows, width)
+    return min(_moment_bytes(site), MOMENT_BYTES) + 8 * (6 * inner * inner + 3 * max(rows, inner) * inner)
+
+
 def _moment_bytes(site: AttentionSite) -> int:
     """Bytes of the second moments of a layer, one for the keys and one for the values of every group."""
     assert site.q is not None

@@ -10,7 +10,7 @@ import torch
 
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla.budget import Split, candidates, check_split, kept_numbers
-from attnopt.passes.mla.job import Job, Settings
+from attnopt.passes.mla.job import Job, Settings, working_bytes
 from attnopt.passes.mla.support import obstacle
 from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option
 from attnopt.rewriter.program import Program
@@ -89,7 +89,7 @@ class ToMla(Pass):
             for site in program.site_list
             if (reason := obstacle(site))
         )
-        return Plan(edits, misses, tuple(self._notes(sites[0], splits)), 0)
+        return Plan(edits, misses, tuple(self._notes(sites[0], splits)), working_bytes(sites[0]))
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Convert every planned layer.
