@@ -27,6 +27,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 PROMPT = "What is a compiler, and why does it matter?"
 WINDOW, WINDOWS = 1024, 6
+#: Calibration windows are short, because the model writes many of them at once.
+CONTEXT = 256
+#: Enough for half the cache, few enough for a demonstration; short windows are sampled side by side.
+CALIB_TOKENS, CONTEXT = 8192, 256
 
 
 def model_file() -> Path:
@@ -157,7 +161,7 @@ def run_demo(
     output: Path,
     *,
     kv_keep: float = 0.5,
-    calib_tokens: int = 16384,
+    calib_tokens: int = CALIB_TOKENS,
     seed: int = 0,
     reporter: Reporter | None = None,
 ) -> DemoResult:
@@ -193,7 +197,7 @@ def run_demo(
         output,
         to="mla",
         method_options={"kv-keep": kv_keep},
-        calibration=api.CalibrationOptions(tokens=calib_tokens, seed=seed),
+        calibration=api.CalibrationOptions(tokens=calib_tokens, context=CONTEXT, seed=seed),
         options=api.RunOptions(overwrite=True),
         reporter=reporter,
     )
