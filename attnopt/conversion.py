@@ -185,6 +185,20 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+class Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last call on a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+
 def convert_model(
     model: str | Path,
     pipeline: Pipeline,
@@ -199,9 +213,10 @@ def convert_model(
     from attnopt.evaluate import peak_rss_bytes
     from attnopt.staging import Staging, resume_key
 
-    began = time.perf_counter()
+    clock = Clock()
     device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
     source = open_model(model, options.trust_remote_code, reporter)
+    clock.lap("open")
     text = _from_files(source, calibration) if calibration.files else None
     settings = {
         "calibration": _describe(calibration, text),
@@ -220,6 +235,7 @@ def convert_model(
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
         result, check = _run_passes(program, pipeline, text, device, options, staging, reporter)
+        clock.lap("passes")
         emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
         cached = (program.cached_numbers_per_token, emitted.cached_numbers_per_token)
         parameters = (program.parameters, emitted.parameters)
@@ -235,6 +251,7 @@ def convert_model(
             run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
         ).write(staging.path)
         staging.finish()
+    clock.lap("write")
     notes = [*emitted.notes, *(f"left alone: {miss.reason}" for one in result.results for miss in one.misses)]
     if emitted.refused is not None:
         notes.append(f"written for attnopt's own class because {emitted.refused}")
@@ -249,11 +266,12 @@ def convert_model(
         parameters_before=parameters[0],
         parameters_after=parameters[1],
         pipeline=pipeline.to_text(),
-        seconds=time.perf_counter() - began,
+        seconds=sum(clock.seconds.values()),
         peak_rss_bytes=peak_rss_bytes(),
         notes=tuple(notes),
         details={
             "architecture": emitted.architecture,
+            "phases": clock.seconds,
             "calibration": settings["calibration"],
             "summary": {entry.text: dict(entry.summary) for entry in result.program.history},
         },
