@@ -231,9 +231,12 @@ def convert_model(
         program = capture_model(source, reporter)
         check_source(program, options.emit)
         _refuse_beyond_budget(program, pipeline, calibration, options)
+        clock.lap("capture")
         if text is None:
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
+        clock.lap("calibration text")
+        reporter.say(f"running {pipeline.to_text()} on {text.tokens:,} tokens")
         result, check = _run_passes(program, pipeline, text, device, options, staging, reporter)
         clock.lap("passes")
         emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
