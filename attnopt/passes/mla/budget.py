@@ -94,19 +94,22 @@ class HeldOut:
         x: attention input [B, S, D].
         target: the source layer's output, [B, S, D].
         weights: token weights [B, S].
+        count: how many tokens each stands for.
     """
 
     x: Tensor
     target: Tensor
     weights: Tensor
+    count: float
 
 
 def split_errors(
     stats: LayerStatistics, held_out: Sequence[HeldOut], splits: Sequence[Split], lane: bool
 ) -> dict[Split, float]:
-    """Weighted mean square of the output error of a layer's closed form on held-out text, for each split.
+    """Output error of a layer's closed form on held-out text, for each split.
 
-    The weights divide by the residual stream's mean square, so errors of different layers can be added.
+    It is the mean of e / (1 + e) over the tokens, with e the squared error relative to the residual stream's mean square,
+    so that errors of different layers can be added, and a token that is lost anyway does not outweigh all others.
 
     Args:
         stats: of the layer, on other text.
@@ -116,7 +119,7 @@ def split_errors(
     """
     energies = slot_energies(stats)
     source = stats.layer
-    tokens = sum(sample.weights.numel() for sample in held_out)
+    tokens = sum(sample.weights.numel() * sample.count for sample in held_out)
     result = {}
     for split in splits:
         table = choose_table([energies], split.rope // 2)
@@ -124,8 +127,8 @@ def split_errors(
         layer = layer.to(held_out[0].x.dtype)
         error = 0.0
         for sample in held_out:
-            difference = (layer.attend(source, sample.x) - sample.target).pow(2).mean(-1)
-            error += float((difference * sample.weights).sum())
+            relative = (layer.attend(source, sample.x) - sample.target).pow(2).mean(-1) * sample.weights / sample.count
+            error += sample.count * float((relative / (1 + relative)).sum())
         result[split] = error / tokens
     return result
 

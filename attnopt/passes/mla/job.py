@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from attnopt.passes.mla.probe import Probe, look
 from attnopt.passes.mla.refit import Example, OutputRidge, refit
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.splice import Shape, splice
-from attnopt.passes.mla.statistics import LayerStatistics, token_weights
+from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.passes.mla.weights import from_weights, to_weights
 from attnopt.progress import bar
@@ -204,7 +204,7 @@ class _LayerJob:
         for batch in self.stream.batches:
             x = self._input(batch)
             output = source.attend(x)
-            importance = token_weights(self.stream.env(batch).hidden + output)
+            importance = self.stream.weights(batch, output)
             if not batch.held_out:
                 stats.update(x, importance)
             self.outputs.append(output.to(self.job.keep))
@@ -268,21 +268,32 @@ class _LayerJob:
         return ridge.solve(), peak, targets
 
     def _refit(self, layer: LatentLayer, targets: Sequence[Tensor], record: dict[str, Any]) -> LatentLayer:
-        def example(place: int) -> Example:
-            x = self._input(self.stream.batches[place])
-            return Example(x, targets[place].to(x.dtype), self.weights[place])
-
-        pools: dict[bool, list[Any]] = {False: [], True: []}
-        for place, batch in enumerate(self.stream.batches):
-            pools[batch.held_out].append(partial(example, place))
+        train, held_out = (self._examples(targets, held) for held in (False, True))
         seed = self.job.context.seed + self.site.layer
-        fitted = refit(layer, self.source, pools[False], pools[True], epochs=self.job.settings.epochs, seed=seed)
+        fitted = refit(layer, self.source, train, held_out, epochs=self.job.settings.epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
         with torch.no_grad():
             record["peak"] = max(
                 fitted.layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches
             )
         return fitted.layer
+
+    def _examples(self, targets: Sequence[Tensor], held_out: bool) -> list[Callable[[], list[Example]]]:
+        """One example for each batch of windows, with its share of the first tokens."""
+        batches = self.stream.batches
+        texts = [place for place, b in enumerate(batches) if b.held_out == held_out and not b.lone]
+        starts = [place for place, b in enumerate(batches) if b.held_out == held_out and b.lone]
+
+        def example(place: int, rows: slice) -> Example:
+            x = self._input(batches[place])[rows]
+            return Example(x, targets[place][rows].to(x.dtype), self.weights[place][rows])
+
+        def make(index: int) -> list[Example]:
+            share = slice(index, None, len(texts))
+            lone = [example(place, share) for place in starts if index < len(targets[place])]
+            return [example(texts[index], slice(None)), *lone]
+
+        return [partial(make, index) for index in range(len(texts))]
 
     def _advance(self, layer: LatentLayer) -> None:
         for place, batch in enumerate(self.stream.batches):

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnopt.passes.mla.budget import HeldOut, Split, split_errors
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import read_source
-from attnopt.passes.mla.statistics import LayerStatistics, token_weights
+from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.passes.mla.stream import Stream
 from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import LayerRunner
@@ -87,13 +87,12 @@ def look(
                     stats = LayerStatistics(source, stride, pooled)
                     samples, outputs = [], []
                     for batch in stream.batches:
-                        env = stream.env(batch)
-                        x = loaded.evaluate(env, site.nodes.input)
+                        x = loaded.evaluate(stream.env(batch), site.nodes.input)
                         output = source.attend(x)
-                        weights = token_weights(env.hidden + output)
+                        weights = stream.weights(batch, output)
                         outputs.append(output)
                         if batch.held_out:
-                            samples.append(HeldOut(x, output, weights))
+                            samples.append(HeldOut(x, output, weights, batch.count))
                         else:
                             stats.update(x, weights)
                     stats.check()

@@ -92,7 +92,8 @@ class Fitted:
     steps: int
 
 
-Examples = Sequence[Callable[[], Example]]
+#: Each makes what one step is taken on.
+Examples = Sequence[Callable[[], Sequence[Example]]]
 
 #: Everything but the angles.
 TRAINED = (
@@ -104,10 +105,9 @@ def error_of(layer: LatentLayer, source: SourceLayer, examples: Examples) -> flo
     """Weighted squared error relative to the weighted square of the targets."""
     error, size = 0.0, 0.0
     for make in examples:
-        example = make()
-        weights = example.weights[..., None].to(example.x.dtype)
-        error += float((weights * (layer.attend(source, example.x) - example.target) ** 2).sum())
-        size += float((weights * example.target**2).sum())
+        for example in make():
+            error += float(_squared(layer.attend(source, example.x) - example.target, example))
+            size += float(_squared(example.target, example))
     return error / max(size, 1e-300)
 
 
@@ -150,18 +150,17 @@ def refit(
     )
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
-    scale = _mean_square(train[order[0]]())
+    scale = max(sum(float(_squared(example.target, example)) for example in train[order[0]]()), 1e-300)
     look = {round(steps * (i + 1) / checks) for i in range(checks)}
     with torch.enable_grad():
         for step, index in enumerate(order):
             factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["full"] * factor
-            example = train[index]()
-            out = layer.with_tensors(trained).attend(source, example.x)
-            loss = (example.weights[..., None].to(out.dtype) * (out - example.target) ** 2).sum() / scale
+            now = layer.with_tensors(trained)
             optimizer.zero_grad()
-            loss.backward()
+            for example in train[index]():
+                (_squared(now.attend(source, example.x) - example.target, example) / scale).backward()
             torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
             optimizer.step()
             if step + 1 in look:
@@ -173,5 +172,6 @@ def refit(
     return Fitted(best, before, best_error, steps)
 
 
-def _mean_square(example: Example) -> float:
-    return max(float((example.weights[..., None] * example.target**2).sum()), 1e-300)
+def _squared(vectors: Tensor, example: Example) -> Tensor:
+    """Weighted sum of squares of vectors [B, S, D]."""
+    return (example.weights[..., None].to(vectors.dtype) * vectors**2).sum()

@@ -22,11 +22,6 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.passes.mla.source_layer import SourceLayer
 
-#: Share of a window's tokens that its first token counts for. Attention sinks sit there (Xiao et al., arXiv
-#: 2309.17453): every later token reads it, and an error in it changes all of them.
-FIRST_TOKEN_SHARE = 0.25
-
-
 def token_weights(hidden: Tensor) -> Tensor:
     """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
 
@@ -34,11 +29,9 @@ def token_weights(hidden: Tensor) -> Tensor:
         hidden: the residual stream after the attention was added, [B, S, D].
 
     Returns:
-        [B, S], positive; the first token's is raised to `FIRST_TOKEN_SHARE` of the window.
+        [B, S], positive.
     """
-    weights = 1 / hidden.float().pow(2).mean(-1).clamp(min=1e-12)
-    weights[:, 0] *= max(1.0, FIRST_TOKEN_SHARE * hidden.shape[1])
-    return weights
+    return 1 / hidden.float().pow(2).mean(-1).clamp(min=1e-12)
 
 
 class Moment:
@@ -103,7 +96,7 @@ class LayerStatistics:
         keys: moments of u_j under omega, per class of groups.
         values: moments of abar_i under l_i, per class of groups.
         inputs: moments of u under l, one class.
-        tokens: how many tokens were seen.
+        tokens: how many tokens were seen in windows of more than one.
     """
 
     def __init__(self, layer: SourceLayer, stride: int = 8, pooled: bool = False) -> None:
@@ -129,6 +122,9 @@ class LayerStatistics:
             x: attention inputs [B, S, D].
             weights: token weights [B, S], see `token_weights`.
         """
+        if x.shape[1] == 1:
+            self._add_lone(x[:, 0], weights[:, 0])
+            return
         for row in range(x.shape[0]):
             window = self._attend(x[row : row + 1], weights[row])
             self._add_keys(window)
@@ -136,6 +132,17 @@ class LayerStatistics:
             self.input_mean += (weights[row].to(x.dtype) @ window.inputs).double()
             self.input_weight += weights[row].double().sum()
             self.tokens += x.shape[1]
+
+    def _add_lone(self, x: Tensor, weights: Tensor) -> None:
+        """Add windows of one token, [n, D] with weights [n]: each reads only itself, so no key matters."""
+        layer = self.layer
+        keys, values = layer.keys(x[:, None]), layer.values(x[:, None])
+        inputs = layer.encoder_input(x[:, None], keys, values)[:, 0]
+        heads = torch.bincount(self.class_of.to(layer.group_of)[layer.group_of])
+        for of, count in enumerate(heads.tolist()):
+            self.values.add(of, inputs, weights * count)
+        self.input_mean += (weights.to(x.dtype) @ inputs).double()
+        self.input_weight += weights.double().sum()
 
     def check(self) -> None:
         """Refuse sums that are useless.

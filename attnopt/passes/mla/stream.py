@@ -7,8 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.passes.mla.statistics import token_weights
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 
+#: Share of the text that first tokens count for. Attention sinks sit there (Xiao et al., arXiv 2309.17453): every later
+#: token reads the first one, and an error in it changes all of them.
+FIRST_TOKEN_SHARE = 0.25
+#: One of so many tokens of the text is also sent through alone, as the first token of a window.
+FIRST_TOKEN_STRIDE = 16
 #: Tokens that go through a layer at once: enough to keep the processor busy, few enough for little memory.
 TOKENS_AT_ONCE = 1024
 
@@ -20,10 +26,29 @@ class Batch:
     Attributes:
         env: what is live before the next layer; the residual stream in the type it is kept in.
         held_out: True for windows that results are judged by, False for those they are fitted on.
+        count: how many tokens each of its tokens stands for.
+        lone: True for windows of one token.
     """
 
     env: Env
     held_out: bool
+    count: float
+    lone: bool
+
+
+def first_tokens(windows: Tensor) -> Tensor:
+    """Tokens to be looked at as first tokens, [n, 1].
+
+    A few dozen windows begin with a few dozen tokens, too few to learn how the model makes any token its attention sink;
+    tokens from within the text serve as well. Where all windows begin alike (a document-start token), it is that token.
+
+    Args:
+        windows: [m, S] token ids.
+    """
+    if not len(windows) or bool((windows[:, 0] == windows[0, 0]).all()) and len(windows) > 1:
+        return windows[:1, :1]
+    inner = windows.flatten()[FIRST_TOKEN_STRIDE // 2 :: FIRST_TOKEN_STRIDE]
+    return torch.cat([windows[:, 0], inner]).unique()[:, None]
 
 
 class Stream:
@@ -41,9 +66,20 @@ class Stream:
         self.keep = keep
         self.batches: list[Batch] = []
         for ids, held in ((windows, False), (held_out, True)):
-            for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])) if len(ids) else ():
-                self.batches.append(Batch(self._store(runner.start({"input_ids": part})), held))
+            starts = first_tokens(ids)
+            share = FIRST_TOKEN_SHARE * ids.numel() / max(1, len(starts))
+            self._add(ids, held, 1.0)
+            self._add(starts, held, share)
         runner.close()
+
+    def _add(self, ids: Tensor, held_out: bool, count: float) -> None:
+        for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])) if len(ids) else ():
+            env = self._store(self.runner.start({"input_ids": part}))
+            self.batches.append(Batch(env, held_out, count, ids.shape[1] == 1))
+
+    def weights(self, batch: Batch, output: Tensor) -> Tensor:
+        """Token weights of a batch [B, S], for the output of the layer's attention [B, S, D]."""
+        return token_weights(self.env(batch).hidden + output) * batch.count
 
     def env(self, batch: Batch) -> Env:
         """What is live before the next layer, in the type to compute in."""

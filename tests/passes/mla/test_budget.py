@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla import budget
@@ -71,10 +72,23 @@ def test_split_errors_are_measured_on_held_out_text() -> None:
     x = text(layer, batch=2, seed=8)
     found = budget.split_errors(
         statistics(layer, text(layer, batch=16)),
-        [HeldOut(x, layer.attend(x), weights_of(x))],
+        [HeldOut(x, layer.attend(x), weights_of(x), 1.0)],
         [Split(2, 10), Split(16, 32), Split(32, 33)],
         lane=True,
     )
     values = list(found.values())
     assert values == sorted(values, reverse=True)
     assert values[-1] < 1e-9 * values[0]
+
+
+def test_a_token_that_is_lost_anyway_does_not_decide_the_split() -> None:
+    layer = source(8, 4, 8, width=64)
+    x = text(layer, batch=2, seed=8)
+    weights = weights_of(x)
+    splits = [Split(2, 10), Split(16, 32)]
+    plain, huge = (
+        budget.split_errors(statistics(layer), [HeldOut(x, layer.attend(x) + shift, weights, 1.0)], splits, lane=True)
+        for shift in (0.0, torch.zeros(1, x.shape[1], 1).index_fill(1, torch.tensor([0]), 1e6))
+    )
+    for split in splits:
+        assert huge[split] <= plain[split] + 1 / x.shape[1]

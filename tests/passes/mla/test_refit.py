@@ -20,9 +20,9 @@ def small(layer: SourceLayer) -> LatentLayer:
     return closed_form(stats, choose_table([slot_energies(stats)], 3), 6)[0]
 
 
-def examples(layer: SourceLayer, seed: int, count: int) -> list[partial[Example]]:
-    def example(x: Tensor) -> Example:
-        return Example(x, layer.attend(x), weights_of(x))
+def examples(layer: SourceLayer, seed: int, count: int) -> list[partial[list[Example]]]:
+    def example(x: Tensor) -> list[Example]:
+        return [Example(part, layer.attend(part), weights_of(part)) for part in (x, x[:, :1])]
 
     return [partial(example, text(layer, batch=2, seed=seed + i)) for i in range(count)]
 

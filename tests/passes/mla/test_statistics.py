@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnopt.errors import UnsupportedError
 from attnopt.passes.mla.source_layer import SourceLayer
-from attnopt.passes.mla.statistics import FIRST_TOKEN_SHARE, LayerStatistics, Moment, token_weights
+from attnopt.passes.mla.statistics import LayerStatistics, Moment, token_weights
 from tests.passes.mla.layers import relative, source, statistics, text, weights_of
 
 
@@ -103,11 +103,28 @@ def test_moment_gives_mean_and_covariance() -> None:
     assert bool(torch.isfinite(moment.covariance()[0]).all())
 
 
-def test_token_weights_divide_by_the_size_of_the_stream_and_raise_the_first() -> None:
+def test_token_weights_divide_by_the_size_of_the_stream() -> None:
     hidden = torch.ones(1, 16, 4) * torch.arange(1, 17)[None, :, None]
-    weights = token_weights(hidden)
-    assert torch.allclose(weights[0, 1:], 1 / torch.arange(2, 17).float() ** 2)
-    assert float(weights[0, 0]) == pytest.approx(FIRST_TOKEN_SHARE * 16)
+    assert torch.allclose(token_weights(hidden)[0], 1 / torch.arange(1, 17).float() ** 2)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_windows_of_one_token_count_like_any_others(pooled: bool) -> None:
+    layer = source()
+    x = text(layer, batch=6, length=1)
+    at_once, generic = LayerStatistics(layer, 1, pooled), LayerStatistics(layer, 1, pooled)
+    at_once.update(x, weights_of(x))
+    for row in range(6):
+        window = generic._attend(x[row : row + 1], weights_of(x)[row])
+        generic._add_keys(window)
+        generic._add_values(window)
+        generic.input_mean += (weights_of(x)[row].to(x.dtype) @ window.inputs).double()
+    assert float(generic.keys.weight.sum()) == pytest.approx(0, abs=1e-12)
+    assert relative(at_once.values.second, generic.values.second) < 1e-10
+    assert relative(at_once.values.first, generic.values.first) < 1e-10
+    assert relative(at_once.values.weight, generic.values.weight) < 1e-6
+    assert relative(at_once.input_mean, generic.input_mean) < 1e-10
+    assert at_once.tokens == 0  # they say nothing about keys
 
 
 def test_text_that_is_too_short_or_not_finite_is_refused() -> None:
