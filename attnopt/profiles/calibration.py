@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnopt.errors import OptionError, SourceError, UnsupportedError
 from attnopt.progress import Reporter, Silent, bar
+from attnopt.rewriter.precision import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from attnopt.rewriter.source import ModelSource
@@ -225,9 +226,7 @@ def self_sampled(
 
 def sampling_dtype(device: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively (measured: twice as fast), else float32."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
 def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str) -> None:

@@ -24,6 +24,7 @@ from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.precision import quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 from attnopt.rewriter.weights import Value, evaluate
@@ -98,6 +99,10 @@ class Job:
 
     def run(self) -> Outcome:
         """Convert every layer."""
+        with quick_products(self.context.device):
+            return self._run()
+
+    def _run(self) -> Outcome:
         windows, selection = self.context.calibration.windows, self.context.calibration.selection
         probe = self._probe(windows, selection)
         split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
@@ -219,9 +224,9 @@ class _LayerJob:
             "low_rank_share": predicted.low_rank_share,
             "slot_share": predicted.slots / max(predicted.slots + predicted.low_rank, 1e-300),
         }
-        layer, record["peak"], targets = self._ridge(layer)
-        if settings.refit:
-            layer = self._refit(layer, targets, record)
+        fitted, record["peak"], targets = self._ridge(layer)
+        if not predicted.exact:  # else there is nothing to repair, only rounding to fit
+            layer = self._refit(fitted, targets, record) if settings.refit else fitted
         weights = to_weights(layer, source, settings.lane)
         if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
             raise UnsupportedError(

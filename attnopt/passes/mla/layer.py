@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnopt.passes.mla.lowrank import Block, fit
 from attnopt.passes.mla.slots import Slots, left_by, normalised, phase_coefficients, slot_energies, take_slots
-from attnopt.passes.mla.source_layer import SourceLayer, causal_attention
+from attnopt.passes.mla.source_layer import SourceLayer, causal_attention, turns
 from attnopt.passes.mla.statistics import LayerStatistics
 
 
@@ -113,8 +113,7 @@ class LatentLayer:
         return float(F.linear(read, self.encoder, self.encoder_bias).norm(dim=-1).max())
 
     def _turn(self, pairs: Tensor) -> Tensor:
-        angle = torch.arange(pairs.shape[2], dtype=torch.float64, device=pairs.device)[:, None] * self.inv_freq
-        cos, sin = (t.to(pairs.dtype) for t in (angle.cos(), angle.sin()))
+        cos, sin = turns(self.inv_freq, pairs.shape[2], pairs)
         a, b = pairs[..., 0::2], pairs[..., 1::2]
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
@@ -127,11 +126,18 @@ class Predicted:
         slots: from rotary pairs that keep only their mean phase.
         low_rank: from the latent's rank.
         low_rank_share: the latter as a share of what rank 0 would lose.
+        total: what a layer without slots and with rank 0 would lose.
     """
 
     slots: float
     low_rank: float
     low_rank_share: float
+    total: float
+
+    @property
+    def exact(self) -> bool:
+        """True if nothing is lost but rounding."""
+        return self.slots + self.low_rank <= 1e-12 * self.total
 
 
 def closed_form(
@@ -184,7 +190,8 @@ def closed_form(
         inv_freq=layer.inv_freq[list(slots.table)],
     )
     share = low.loss / low.total if low.total > 0 else 0.0
-    return result, Predicted(left_by(slot_energies(stats), table), low.loss, share)
+    energies = slot_energies(stats)
+    return result, Predicted(left_by(energies, table), low.loss, share, float(energies.sum()) + low.total)
 
 
 def rotation_of(phases: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnopt.passes.mla.layer import LatentLayer
 from attnopt.passes.mla.source_layer import SourceLayer
+from attnopt.rewriter.precision import exact_products
 
 
 class OutputRidge:
@@ -42,8 +43,9 @@ class OutputRidge:
         error = (target - self.layer.project(mixed)).flatten(0, 1)
         inputs = torch.cat([mixed.flatten(0, 1), torch.ones(mixed.shape[0] * mixed.shape[1], 1).to(mixed)], 1)
         scaled = inputs * weights.flatten()[:, None].to(mixed.dtype)
-        self._gram += (scaled.T @ inputs).double()
-        self._cross += (scaled.T @ error).double()
+        with exact_products():
+            self._gram += (scaled.T @ inputs).double()
+            self._cross += (scaled.T @ error).double()
 
     def solve(self, strength: float = 0.01) -> LatentLayer:
         """The layer with its new output projection and bias.

@@ -6,6 +6,7 @@ are pairs of angle 0, factors on cos and sin are folded into queries and keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -150,11 +151,10 @@ class SourceLayer:
         return rows, torch.cat([b_k.flatten(), b_v.flatten()])
 
     def rotate(self, heads: Tensor) -> Tensor:
-        """Turn [B, N, S, d] by its positions 0 ... S-1; angles in float64."""
-        angle = torch.arange(heads.shape[2], dtype=torch.float64, device=heads.device)[:, None] * self.inv_freq
-        cos, sin = (t.to(heads.dtype) for t in (angle.cos(), angle.sin()))
+        """Turn [B, N, S, d] by its positions 0 ... S-1."""
+        cos, sin = turns(self.inv_freq, heads.shape[2], heads)
         a, b = heads.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
     def attend(self, x: Tensor) -> Tensor:
         """The layer's output before the residual addition, [B, S, D], for positions 0 ... S-1 and a causal mask."""
@@ -177,6 +177,24 @@ class SourceLayer:
     def _selector(self, start: int, width: int) -> Tensor:
         eye = torch.eye(self.input_width, dtype=torch.float64)
         return eye[start : start + self.groups * width].view(self.groups, width, -1)
+
+
+def turns(inv_freq: Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, F] of the angles at positions 0 ... length-1, computed in float64.
+
+    Args:
+        inv_freq: [F] angle per position.
+        length: of the window.
+        like: type and device of the result.
+    """
+    return _turns(tuple(inv_freq.tolist()), length, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(inv_freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # kept tensors must also serve a backward pass
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
+        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.passes.mla.source_layer import SourceLayer
 
+
 def token_weights(hidden: Tensor) -> Tensor:
     """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
 

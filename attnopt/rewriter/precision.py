@@ -1,0 +1,51 @@
+"""How exactly float32 matrices are multiplied.
+
+Hardware multiplies 16-bit floats several times faster than 32-bit ones. Sending calibration text through a model does not
+need more (SmolLM2 at half the cache: ln of the perplexity ratio 0.0660 with bfloat16 products, 0.0663 with float32
+ones, three times faster); sums of products that are solved with do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device has instructions that multiply bfloat16 matrices."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@contextmanager
+def quick_products(device: torch.device | str) -> Iterator[None]:
+    """Products of float32 matrices from bfloat16 (CPU) or TF32 (CUDA) factors, summed in float32, where that is fast."""
+    if torch.device(device).type == "cuda":
+        with _precision(torch.backends.cuda.matmul, "tf32"):
+            yield
+    elif multiplies_bfloat16(device):
+        with _precision(torch.backends.mkldnn.matmul, "bf16"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices from float32 factors, inside `quick_products` too."""
+    with _precision(torch.backends.cuda.matmul, "ieee"), _precision(torch.backends.mkldnn.matmul, "ieee"):
+        yield
+
+
+@contextmanager
+def _precision(backend: Any, value: str) -> Iterator[None]:
+    before = backend.fp32_precision
+    backend.fp32_precision = value
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
