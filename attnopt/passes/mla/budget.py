@@ -108,8 +108,9 @@ def split_errors(
 ) -> dict[Split, float]:
     """Output error of a layer's closed form on held-out text, for each split.
 
-    It is the mean of e / (1 + e) over the tokens, with e the squared error relative to the residual stream's mean square,
-    so that errors of different layers can be added, and a token that is lost anyway does not outweigh all others.
+    It is the mean of e / (1 + e) over the tokens, with e the squared error relative to the residual stream's mean
+    square, so that errors of different layers can be added, and a token that is lost anyway does not outweigh all
+    others.
 
     Args:
         stats: of the layer, on other text.

@@ -39,13 +39,14 @@ class Batch:
 def first_tokens(windows: Tensor) -> Tensor:
     """Tokens to be looked at as first tokens, [n, 1].
 
-    A few dozen windows begin with a few dozen tokens, too few to learn how the model makes any token its attention sink;
-    tokens from within the text serve as well. Where all windows begin alike (a document-start token), it is that token.
+    A few dozen windows begin with a few dozen tokens, too few to learn how the model makes any token its attention
+    sink; tokens from within the text serve as well. Where all windows begin alike (a document-start token), it is that
+    token.
 
     Args:
         windows: [m, S] token ids.
     """
-    if not len(windows) or bool((windows[:, 0] == windows[0, 0]).all()) and len(windows) > 1:
+    if not len(windows) or (bool((windows[:, 0] == windows[0, 0]).all()) and len(windows) > 1):
         return windows[:1, :1]
     inner = windows.flatten()[FIRST_TOKEN_STRIDE // 2 :: FIRST_TOKEN_STRIDE]
     return torch.cat([windows[:, 0], inner]).unique()[:, None]
