@@ -186,7 +186,7 @@ def self_sampled(
     memory_budget: float | None = None,
     reporter: Reporter | None = None,
 ) -> Calibration:
-    """Text that the model writes itself: sampled at temperature 1 from the starts of documents.
+    """Text that the model writes itself: sampled at temperature 1 from any first word.
 
     Nothing has to be downloaded, and the text follows the distribution the model was trained on, chat models' included.
     The sampling runs in bfloat16 where the machine multiplies it natively, else in float32. The same machine, seed and
@@ -220,8 +220,8 @@ def self_sampled(
             "give text files with --calib FILE, which needs one layer at a time, or raise --memory-budget",
         )
     materialize(model, source, dtype, device)
-    ids = sample(model, document_starts(source), tokens // context, context, seed=seed, reporter=reporter)
-    return divide(ids, "self", seed)
+    prompts = sequence_starts(source, tokens // context, seed)
+    return divide(sample(model, prompts, context, seed=seed, reporter=reporter), "self", seed)
 
 
 def sampling_dtype(device: str) -> torch.dtype:
@@ -244,33 +244,38 @@ def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str
     model.to(device)
 
 
-def document_starts(source: ModelSource) -> list[int]:
-    """Token ids at which documents start: BOS and EOS as config and generation config name them; empty if none does."""
-    found: list[object] = []
-    for owner in (source.config, source.config.get_text_config()):
-        for key in ("bos_token_id", "eos_token_id"):
-            value = getattr(owner, key, None)
-            found += value if isinstance(value, list) else [value]
+def sequence_starts(source: ModelSource, count: int, seed: int) -> Tensor:
+    """What the sampled sequences begin with, [count, n]: what the tokenizer puts before a text, then any word.
+
+    Sequences from the start of a document only would all begin alike, and a model trained on chats would write chats.
+    A word drawn uniformly from the vocabulary leads to text of every kind (LLM-QAT, arXiv 2305.17888, section 3.1).
+
+    Args:
+        source: the model; without a tokenizer its whole vocabulary is drawn from, and nothing stands before a text.
+        count: sequences.
+        seed: of the draw.
+    """
     vocabulary = source.config.get_text_config().vocab_size
-    return [i for i in dict.fromkeys(found) if isinstance(i, int) and 0 <= i < vocabulary]
+    prefix: list[int] = []
+    words = torch.arange(vocabulary)
+    if source.has_tokenizer:
+        tokenizer = source.tokenizer()
+        prefix = _text_prefix(tokenizer)
+        words = words[: len(tokenizer)]
+        words = words[~torch.isin(words, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))]
+    generator = torch.Generator().manual_seed(seed)
+    first = words[torch.randint(len(words), (count, 1), generator=generator)]
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), first], dim=1)
 
 
 @torch.inference_mode()
-def sample(
-    model: Any,
-    starts: Sequence[int],
-    count: int,
-    length: int,
-    *,
-    seed: int,
-    reporter: Reporter | None = None,
-) -> Tensor:
+def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Reporter | None = None) -> Tensor:
     """Sample sequences at temperature 1, side by side.
 
     Args:
         model: a causal language model of transformers, on its device.
-        starts: first tokens, dealt out in turn; if empty, first tokens are drawn uniformly from the vocabulary.
-        count, length: sequences, and tokens in each, the first included.
+        prompts: [count, n] what each sequence begins with.
+        length: tokens in each, the prompt included.
         seed: of the random numbers, which are drawn on the CPU.
         reporter: told of the tokens sampled.
 
@@ -284,28 +289,25 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     batch = sampling_batch(model.config, length, model.dtype.itemsize)
-    if starts:
-        first = torch.tensor([starts[i % len(starts)] for i in range(count)])
-    else:
-        first = torch.randint(vocabulary, (count,), generator=generator)
     rows = []
-    with bar(reporter, "sampling calibration text", count * length, "tokens") as handle:
-        for begin in range(0, count, batch):
-            ids = first[begin : begin + batch, None]
-            cache = None
-            sequence = [ids]
-            for position in range(length - 1):
+    with bar(reporter, "sampling calibration text", len(prompts) * length, "tokens") as handle:
+        for given in prompts.split(batch):
+            cache, ids, position = None, given, 0
+            sequence = [given]
+            reporter.advance(handle, given.numel())
+            while position + ids.shape[1] < length:
+                positions = torch.arange(position, position + ids.shape[1], device=model.device)
                 step = model(
-                    input_ids=sequence[-1].to(model.device),
-                    position_ids=torch.full_like(sequence[-1], position, device=model.device),
+                    input_ids=ids.to(model.device),
+                    position_ids=positions.expand(len(ids), -1),
                     past_key_values=cache,
                     use_cache=True,
                 )
-                cache = step.past_key_values
-                sequence.append(_draw(step.logits[:, -1, :vocabulary].float().cpu(), generator))
+                cache, position = step.past_key_values, position + ids.shape[1]
+                ids = _draw(step.logits[:, -1, :vocabulary].float().cpu(), generator)
+                sequence.append(ids)
                 reporter.advance(handle, len(ids))
             rows.append(torch.cat(sequence, dim=1))
-            reporter.advance(handle, len(ids))
     return torch.cat(rows)
 
 

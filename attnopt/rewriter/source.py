@@ -26,18 +26,23 @@ from attnopt.rewriter.checkpoint import (
 from attnopt.rewriter.skeleton import build_skeleton, model_class
 from attnopt.rewriter.weights import Value, WeightStore, meta_of
 
-#: Files that belong to a model besides config and weights, and are carried over to what is made of it.
-SIDE_FILES = (
+#: Files of which a tokenizer needs one.
+TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+
+#: Files that belong to a model besides config and weights, and are carried over to what is made of it.
+SIDE_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -86,6 +91,11 @@ class ModelSource:
                 owner = model.get_submodule(name.rpartition(".")[0])
                 setattr(owner, name.rpartition(".")[2], self.weights.get(name, buffer.dtype))
         return model
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer's files are there."""
+        return not set(TOKENIZER_FILES).isdisjoint(self._side_files)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.

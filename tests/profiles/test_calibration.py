@@ -12,13 +12,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from attnopt.errors import OptionError, SourceError, UnsupportedError
 from attnopt.profiles import calibration
-from attnopt.profiles.calibration import divide, from_files, sample, self_sampled
+from attnopt.profiles.calibration import divide, from_files, sample, self_sampled, sequence_starts
 
 BOS = 300
 
 
 class Bytes:
     """A tokenizer whose tokens are bytes, with or without a BOS token."""
+
+    all_special_ids = (13, BOS)
+
+    def __len__(self) -> int:
+        return 256
 
     def __init__(self, bos: bool = False) -> None:
         self.bos = bos
@@ -164,7 +169,9 @@ def source_of(model: Any) -> Any:
     def skeleton(dtype: torch.dtype) -> Any:
         return type(model)(model.config).to(dtype).eval()
 
-    return SimpleNamespace(model_class=type(model), config=model.config, skeleton=skeleton, weights=Weights(model))
+    return SimpleNamespace(
+        model_class=type(model), config=model.config, skeleton=skeleton, weights=Weights(model), has_tokenizer=False
+    )
 
 
 class TestSampling:
@@ -178,19 +185,24 @@ class TestSampling:
         assert one.windows.shape == (7, 16)
         assert one.selection.shape == (1, 16)
 
-    def test_windows_start_at_document_starts(self) -> None:
-        source = source_of(tiny_llama(bos_token_id=7, eos_token_id=[11, 13]))
-        made = self_sampled(source, tokens=9 * 16, context=16)
-        first = set(torch.cat([made.windows, made.selection])[:, 0].tolist())
-        assert first == {7, 11, 13}
-
-    def test_model_without_document_starts_draws_its_first_tokens(self) -> None:
-        model = tiny_llama(bos_token_id=None, eos_token_id=None)
-        made = self_sampled(source_of(model), tokens=32 * 8, context=8)
+    def test_sequences_start_with_any_word(self) -> None:
+        made = self_sampled(source_of(tiny_llama(bos_token_id=7)), tokens=32 * 8, context=8)
         first = torch.cat([made.windows, made.selection])[:, 0]
-        assert len(first.unique()) > 5
+        assert len(first.unique()) > 20
         assert made.windows.min() >= 0
         assert made.windows.max() < 97
+
+    def test_what_the_tokenizer_puts_before_a_text_comes_first_and_special_words_are_not_drawn(self) -> None:
+        source = source_of(tiny_llama(vocab_size=BOS + 1))
+        source.has_tokenizer, source.tokenizer = True, lambda: Bytes(bos=True)
+        prompts = sequence_starts(source, 500, seed=1)
+        assert prompts.shape == (500, 2)
+        assert set(prompts[:, 0].tolist()) == {BOS}
+        assert int(prompts[:, 1].max()) < len(Bytes())
+        assert Bytes.all_special_ids[0] not in prompts[:, 1]
+        made = self_sampled(source, tokens=8 * 16, context=16)
+        assert set(made.windows[:, 0].tolist()) == {BOS}
+        assert made.windows.shape == (7, 16)
 
     def test_follows_the_model_s_distribution(self) -> None:
         """Second tokens after a fixed first one are distributed as the model says (total variation, 4096 draws)."""
@@ -198,7 +210,7 @@ class TestSampling:
         with torch.no_grad():
             model.lm_head.weight *= 40
             expected = torch.softmax(model(input_ids=torch.tensor([[7]])).logits[0, -1], dim=-1)
-        drawn = sample(model, [7], 4096, 2, seed=0)[:, 1]
+        drawn = sample(model, torch.full((4096, 1), 7), 2, seed=0)[:, 1]
         measured = torch.bincount(drawn, minlength=11) / len(drawn)
         assert expected.max() > 0.15
         assert 0.5 * (measured - expected).abs().sum() < 0.03
@@ -208,7 +220,7 @@ class TestSampling:
         model = tiny_llama(bos_token_id=7)
         with torch.no_grad():
             model.lm_head.weight *= 1e4
-        ids = sample(model, [7], 3, 12, seed=0)
+        ids = sample(model, torch.tensor([[7], [8], [9]]), 12, seed=0)
         with torch.no_grad():
             again = model(input_ids=ids).logits.argmax(-1)
         assert torch.equal(ids[:, 1:], again[:, :-1])
@@ -221,7 +233,7 @@ class TestSampling:
         assert calibration.sampling_batch(model.config, 16, 4) == 3
         monkeypatch.setattr(calibration, "SAMPLING_CACHE_BYTES", 1)
         assert calibration.sampling_batch(model.config, 16, 4) == 1
-        assert sample(model, [7], 5, 16, seed=0).shape == (5, 16)
+        assert sample(model, torch.full((5, 2), 7), 16, seed=0).shape == (5, 16)
 
     def test_models_with_learned_positions_work(self) -> None:
         torch.manual_seed(0)
