@@ -5,13 +5,14 @@
 
 The first half of the text calibrates, the second half judges; "self" calibrates on text sampled from the model. Every
 result is written as the stock class, loaded by stock transformers in a fresh process and compared there with the
-original, which is measured in the same process. Prints JSON.
+original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr as they are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -65,12 +66,12 @@ def convert(arguments: argparse.Namespace, keep: float, recover: str, calib: Pat
     }
 
 
-def measure(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Perplexity of a written directory beside the original's, on the second half of the text."""
+def measure(arguments: argparse.Namespace, outs: list[Path]) -> list[dict[str, Any]]:
+    """Perplexity of written directories beside the original's, on the second half of the text."""
     from attnopt.evaluate import Job, ModelSpec, TextSpec, evaluate
 
     job = Job(
-        models=(ModelSpec("original", arguments.model), ModelSpec("converted", str(out))),
+        models=(ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs)),
         texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),),
         window=arguments.window,
         windows=arguments.windows,
@@ -78,15 +79,20 @@ def measure(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     )
     report = evaluate(job)
     (text,) = report["texts"]
-    found = text["converted"]["converted"]
-    return {
-        "perplexity": found["perplexity"],
-        "ln_ratio": found["ln_ratio"],
-        "standard_error": found["standard_error"]["paired_difference"],
-        "kl": found["kl"],
-        "top1_agreement": found["top1_agreement"],
-        "windows": text["windows"],
-    }
+    rows = []
+    for out in outs:
+        found = text["converted"][out.name]
+        rows.append(
+            {
+                "perplexity": found["perplexity"],
+                "ln_ratio": found["ln_ratio"],
+                "standard_error": found["standard_error"]["paired_difference"],
+                "kl": found["kl"],
+                "top1_agreement": found["top1_agreement"],
+                "windows": text["windows"],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -102,16 +108,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory(prefix="attnopt-quality-") as name:
         folder = Path(name)
         half = first_half(arguments.text, folder)
+        rows, outs = [], []
         for calib in arguments.calib or ("text", "self"):
             for keep in arguments.keep or tuple(FLOORS):
                 for recover in arguments.recover or ("none", "refit"):
-                    out = folder / "out"
-                    row = convert(arguments, keep, recover, half if calib == "text" else None, out)
-                    rows.append({**row, **measure(arguments, out)})
+                    outs.append(folder / f"{calib}-{keep}-{recover}")
+                    rows.append(convert(arguments, keep, recover, half if calib == "text" else None, outs[-1]))
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        rows = [{**row, **quality} for row, quality in zip(rows, measure(arguments, outs), strict=True)]
     settings = {n: getattr(arguments, n) for n in ("calib_tokens", "context", "window", "windows", "seed")}
     print(json.dumps({"schema": "attnopt.mla_quality/1", "model": arguments.model, **settings, "rows": rows}, indent=2))
 

@@ -188,7 +188,7 @@ class _LayerJob:
         if step in job.done:
             values, record = job.context.workdir.load(step)
         else:
-            weights, record = self._convert(table, inv_freq)
+            weights, record = self._convert(table)
             values = job.context.workdir.save(step, weights, record)
         layer = self._layer(values, inv_freq)
         self._advance(layer)
@@ -203,7 +203,7 @@ class _LayerJob:
         weights = {name: evaluate(value).clone() for name, value in values.items()}
         return from_weights(weights, self.source, inv_freq, self.job.settings.lane)
 
-    def _convert(self, table: tuple[int, ...], inv_freq: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _convert(self, table: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings, source = self.job.settings, self.source
         stats = LayerStatistics(source, settings.stride, self.job.pooled)
         for batch in self.stream.batches:
@@ -216,23 +216,29 @@ class _LayerJob:
             self.weights.append(importance)
         stats.check()
         layer, predicted = closed_form(stats, table, self.rank)
-        weights = to_weights(layer, source, settings.lane)
-        layer = from_weights(weights, source, inv_freq, settings.lane)
+        layer = self._rounded(layer)
         record: dict[str, Any] = {
             "site": self.site.fqn,
             "layer": self.site.layer,
             "low_rank_share": predicted.low_rank_share,
             "slot_share": predicted.slots / max(predicted.slots + predicted.low_rank, 1e-300),
         }
-        fitted, record["peak"], targets = self._ridge(layer)
         if not predicted.exact:  # else there is nothing to repair, only rounding to fit
-            layer = self._refit(fitted, targets, record) if settings.refit else fitted
+            layer = self._ridge(layer)
+            if settings.refit:
+                layer = self._ridge(self._rounded(self._refit(layer, record)))
+        record["peak"] = self._peak(layer)
         weights = to_weights(layer, source, settings.lane)
         if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
             raise UnsupportedError(
                 f"the converted weights of {self.site.fqn} are not finite", "check the model and the calibration text"
             )
         return weights, record
+
+    def _rounded(self, layer: LatentLayer) -> LatentLayer:
+        """The layer with the weights that are written, so that a resumed run computes with the same."""
+        lane = self.job.settings.lane
+        return from_weights(to_weights(layer, self.source, lane), self.source, layer.inv_freq, lane)
 
     def _input(self, batch: Batch, stream: Stream | None = None) -> Tensor:
         """Attention input of a batch."""
@@ -255,35 +261,32 @@ class _LayerJob:
             self.reference_outputs[place] = output.to(self.job.keep)
         return self.reference_outputs[place].to(self.job.context.dtype)
 
-    def _ridge(self, layer: LatentLayer) -> tuple[LatentLayer, float, list[Tensor]]:
-        """Refit the output projection; also the largest latent and the targets (kept only for a refit)."""
-        ridge, peak, targets = OutputRidge(layer), 0.0, []
+    def _ridge(self, layer: LatentLayer) -> LatentLayer:
+        """Refit the output projection to the targets."""
+        ridge = OutputRidge(layer)
         for place, batch in enumerate(self.stream.batches):
-            if batch.held_out and not self.job.settings.refit:
-                continue
-            x, target = self._input(batch), self._target(place)
             if not batch.held_out:
-                mixed = layer.mixed(self.source, x)
-                ridge.add(mixed, target, self.weights[place])
-                if not self.job.settings.refit:
-                    self.mixed[place] = mixed
-                peak = max(peak, layer.latent_norm(self.source, x))
-            if self.job.settings.refit:
-                targets.append(target.to(self.job.keep))
-        return ridge.solve(), peak, targets
+                self.mixed[place] = layer.mixed(self.source, self._input(batch))
+                ridge.add(self.mixed[place], self._target(place), self.weights[place])
+        return ridge.solve()
 
-    def _refit(self, layer: LatentLayer, targets: Sequence[Tensor], record: dict[str, Any]) -> LatentLayer:
-        train, held_out = (self._examples(targets, held) for held in (False, True))
+    def _refit(self, layer: LatentLayer, record: dict[str, Any]) -> LatentLayer:
+        """Fit all weights to the source layer's output on the converted model's stream.
+
+        Not to the targets: what brings the stream back to the source's is mostly out of a layer's reach, and as noise
+        in its gradients it would drown the rest.
+        """
+        train, held_out = (self._examples(held) for held in (False, True))
         seed = self.job.context.seed + self.site.layer
         fitted = refit(layer, self.source, train, held_out, epochs=self.job.settings.epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
-        with torch.no_grad():
-            record["peak"] = max(
-                fitted.layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches
-            )
         return fitted.layer
 
-    def _examples(self, targets: Sequence[Tensor], held_out: bool) -> list[Callable[[], list[Example]]]:
+    def _peak(self, layer: LatentLayer) -> float:
+        """Largest norm of the latent on the text."""
+        return max(layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches)
+
+    def _examples(self, held_out: bool) -> list[Callable[[], list[Example]]]:
         """One example for each batch of windows, with its share of the first tokens."""
         batches = self.stream.batches
         texts = [place for place, b in enumerate(batches) if b.held_out == held_out and not b.lone]
@@ -291,11 +294,11 @@ class _LayerJob:
 
         def example(place: int, rows: slice) -> Example:
             x = self._input(batches[place])[rows]
-            return Example(x, targets[place][rows].to(x.dtype), self.weights[place][rows])
+            return Example(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows])
 
         def make(index: int) -> list[Example]:
             share = slice(index, None, len(texts))
-            lone = [example(place, share) for place in starts if index < len(targets[place])]
+            lone = [example(place, share) for place in starts if index < len(self.outputs[place])]
             return [example(texts[index], slice(None)), *lone]
 
         return [partial(make, index) for index in range(len(texts))]
