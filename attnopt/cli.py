@@ -290,7 +290,9 @@ def demo(
         Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write; the demo's own is replaced")
     ] = Path("attnopt-demo"),
     kv_keep: Annotated[float, typer.Option(help="fraction of the cached numbers per token to keep")] = 0.5,
-    calib_tokens: Annotated[int, typer.Option("--calib-tokens", help="text sampled from the model, in tokens")] = 8192,
+    calib_tokens: Annotated[
+        int, typer.Option("--calib-tokens", help="text sampled from the model, in tokens")
+    ] = CALIB_TOKENS,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     json: Json = False,
     quiet: Quiet = False,
