@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import attnopt
+from attnopt.demo import CALIB_TOKENS
 from attnopt.session import INTERRUPTED, Session, report_failure
 
 app = typer.Typer(
