@@ -1,4 +1,7 @@
-"""One torch.export of a skeleton, cleaned: functional ATen, weights as `get_attr` nodes, no bookkeeping nodes."""
+"""One torch.export of a skeleton, cleaned: functional ATen, weights as `get_attr` nodes, no bookkeeping nodes.
+
+Composite ops stay whole (`linear`, `matmul`, `scaled_dot_product_attention`), as recognition and its readers want them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from attnopt.errors import UnsupportedError
+from attnopt.rewriter.functional import make_functional
 
 aten = torch.ops.aten
 
@@ -97,7 +101,10 @@ def export_graph(model: PreTrainedModel) -> RawGraph:
                 {**inputs, **fixed},
                 dynamic_shapes={**shapes, **dict.fromkeys(fixed)},
             )
-            program = exported.run_decompositions({})
+            program = exported
+            if not make_functional(exported.graph):
+                exported.graph_module.recompile()
+                program = exported.run_decompositions({})
     except UnsupportedError:
         raise
     except Exception as problem:
@@ -154,7 +161,13 @@ def _clean(program: torch.export.ExportedProgram, outputs: dict[str, int], input
             continue
         if node.op != "call_function":
             raise UnsupportedError(f"the traced graph holds a {node.op} node ({node.target}), which attnopt cannot run")
-        env[node] = graph.node_copy(node, lambda n: env[n])
+        if node.target in _CASTS:
+            dtype = node.meta["val"].dtype
+            env[node] = graph.create_node(
+                "call_function", aten._to_copy.default, (env[node.args[0]],), {"dtype": dtype}, name=node.name
+            )
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = _meta(node)
     _share_sizes(graph)
     graph.eliminate_dead_code()
@@ -202,6 +215,8 @@ _CHECKS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
+# Programs hold float32 on one device, so a cast changes the element type or nothing.
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other}
 _BIG = 2**63 - 1
 
 
@@ -216,6 +231,8 @@ def _without_effect(node: fx.Node) -> fx.Node | None:
     if target in (aten.dropout.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default):
         if target is aten.dropout.default and node.args[2]:
             return None
+        return operand
+    if target in _CASTS and operand is not None and operand.meta["val"].dtype == node.meta["val"].dtype:
         return operand
     if target is aten.slice.Tensor:
         bounds: list[Any] = [None, None, 1]
