@@ -1,8 +1,8 @@
 """Makes a traced graph functional by rewriting its writes, which saves tracing it a second time.
 
 torch.export records what a model does to tensors in place. Its own way to a functional graph, `run_decompositions`,
-traces the graph twice more and takes longer than the export. Nearly all models write into nothing, or into a tensor they
-have just made, so the few writes are rewritten here. What is not provably safe is left to torch.
+traces the graph twice more and takes longer than the export. Nearly all models write into nothing, or into a tensor
+they have just made, so the few writes are rewritten here. What is not provably safe is left to torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CARRY_BACK: dict[Any, OpOverload] = {
     aten.select.int: aten.select_scatter.default,
 }
 # Return their operand itself, though their schemas say otherwise.
-_ALIAS_UNANNOUNCED = {aten.dropout.default}
+_ALIAS_UNANNOUNCED = {aten.dropout.default, aten.feature_dropout.default, aten._unsafe_view.default}
 
 
 def make_functional(graph: fx.Graph) -> bool:
@@ -95,13 +95,8 @@ def _twin(node: fx.Node) -> OpOverload | None:
     name = target._schema.name.removeprefix("aten::")
     packet = getattr(aten, name.removesuffix("_"), None)
     twin: OpOverload | None = getattr(packet, target._overloadname, None)
-    writes = [bool(a.alias_info and a.alias_info.is_write) for a in target._schema.arguments]
-    if (
-        not name.endswith("_")
-        or twin is None
-        or twin._schema.is_mutable
-        or writes != [True] + [False] * (len(writes) - 1)
-    ):
+    first, *rest = (bool(a.alias_info and a.alias_info.is_write) for a in target._schema.arguments)
+    if not name.endswith("_") or not first or any(rest) or twin is None or twin._schema.is_mutable:
         return None
     ours, theirs = ([(a.name, str(a.type)) for a in op._schema.arguments] for op in (target, twin))
     if ours != theirs:
@@ -117,9 +112,11 @@ def _twin(node: fx.Node) -> OpOverload | None:
 
 def _is_new(node: fx.Node) -> bool:
     """Whether an op made this tensor, in memory that no other tensor had then."""
-    return (
-        isinstance(node.target, OpOverload) and isinstance(node.meta.get("val"), torch.Tensor) and not _is_alias(node)
-    )
+    if node.target is operator.getitem:  # one of several results
+        source, place = node.args
+        assert isinstance(source, fx.Node)
+        return _is_new(source) and [user.args[1] for user in source.users].count(place) == 1
+    return isinstance(node.target, OpOverload) and not _is_alias(node)
 
 
 def _is_alias(node: fx.Node) -> bool:
