@@ -166,6 +166,9 @@ def _clean(program: torch.export.ExportedProgram, outputs: dict[str, int], input
             env[node] = graph.create_node(
                 "call_function", aten._to_copy.default, (env[node.args[0]],), {"dtype": dtype}, name=node.name
             )
+        elif node.target is aten.broadcast_to.default:  # another name of expand, for readers to know one
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node].target = aten.expand.default
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = _meta(node)
