@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import fx
 
 from attnopt.rewriter.norms import NormMatch, find_norm
 from attnopt.rewriter.paths import Path, Rotation, read_choice, read_rotation
-from attnopt.rewriter.probe import Mismatch, Probe
-from attnopt.rewriter.projections import LinearMap, feeding_maps, output_map
+from attnopt.rewriter.probe import Mismatch, Probe, between
+from attnopt.rewriter.projections import HeadMap, LinearMap, feeding_maps, head_map, output_map
 from attnopt.rewriter.site import (
     AttentionSite,
     CacheEntry,
     CacheSpec,
     LatentSpec,
     MaskSpec,
+    NormSpec,
     RopeSpec,
     SiteNodes,
 )
@@ -43,6 +45,8 @@ def latent_site(
         raise Mismatch("keys come from two projections, but not from a latent and a rotary key", call["k"])
     kv_a, q_map = others[0], maps_q[0]
     rank, latent_norm = _encoder(kv_a, kv_b, probe)
+    normed = _normed_inputs(q_map, kv_a, call["q"], probe)
+    x = kv_a.x if normed is None else q_map.x
 
     heads, d_qk = int(call["q"].meta["val"].shape[1]), int(call["q"].meta["val"].shape[3])
     d_v = int(call["v"].meta["val"].shape[3])
@@ -60,7 +64,7 @@ def latent_site(
         raise Mismatch("the value is scaled", call["v"])
 
     k_turn = _rotary_key(kv_a, kv_b, call["k"], probe, rank, d_rope)
-    q_path = Path.trace(probe, q_map, call["q"])
+    q_path = Path.trace(probe, q_map if normed is None else normed.source(), call["q"])
     q_choice = read_choice(q_path)
     if q_choice.in_order() != [[h * d_qk + i for i in range(d_qk)] for h in range(heads)]:
         raise Mismatch("the query projection does not hold whole heads in order", q_map.node)
@@ -71,7 +75,7 @@ def latent_site(
         raise Mismatch("queries and the rotary key turn differently", anchor)
     rope = RopeSpec(q_turn.inv_freq, q_turn.style, 0, k_turn.attention_scaling)
 
-    q, q_a, q_a_norm = _query(q_map, kv_a.x, probe)
+    q, q_a, q_a_norm = _query(q_map, x, probe)
     o, output = output_map(anchor, probe)
     latent = LatentSpec(
         kv_lora_rank=rank,
@@ -84,6 +88,8 @@ def latent_site(
         q_a=q_a.projection() if q_a else None,
         q_a_norm=q_a_norm,
         q_b=None if q else q_map.projection(),
+        q_map=normed.heads.weight if normed else None,
+        encoder="normed_kv" if normed else "hidden",
     )
     entries = (CacheEntry("latent", 1, rank), CacheEntry("key_rope", 1, d_rope)) if mask.causal else ()
     return AttentionSite(
@@ -94,19 +100,74 @@ def latent_site(
         kv_heads=heads,
         d_qk=d_qk,
         d_v=d_v,
-        q=None,
-        k=None,
-        v=None,
+        q=q_map.projection() if normed else None,
+        k=normed.k.projection() if normed else None,
+        v=normed.v.projection() if normed else None,
         o=o.projection(),
-        q_norm=None,
-        k_norm=None,
+        q_norm=normed.q_norm if normed else None,
+        k_norm=normed.k_norm if normed else None,
         rope=rope,
         mask=mask,
         cache=CacheSpec(entries),
         scale=float(call["scale"]),
         latent=latent,
-        nodes=SiteNodes(kv_a.x.name, anchor.name, output.name),
+        nodes=SiteNodes(x.name, anchor.name, output.name),
     )
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """How a latent that encodes normalised keys and values is fed, as attnopt's own class writes it.
+
+    Attributes:
+        heads: the map from normalised queries to the heads' queries.
+        q_norm, k_norm: per head.
+        k, v: the projections that the latent encodes.
+    """
+
+    heads: HeadMap
+    q_norm: NormSpec
+    k_norm: NormSpec
+    k: LinearMap
+    v: LinearMap
+
+    def source(self) -> LinearMap:
+        """The queries by head as if a projection had made them."""
+        _, _, heads, width = self.heads.node.meta["val"].shape
+        return LinearMap(self.heads.node, self.heads.x, self.heads.weight, None, "linear", 0, int(heads) * int(width))
+
+
+def _normed_inputs(q_map: LinearMap, kv_a: LinearMap, query: fx.Node, probe: Probe) -> _Normed | None:
+    """Read the form for models with query and key norms, or None if the layer has no matrix per query head.
+
+    Raises:
+        Mismatch: if it has one, but is not of that form.
+    """
+    mapped = head_map(between(q_map.node, query))
+    if mapped is None:
+        return None
+    path = Path.trace(probe, q_map, mapped.x)
+    heads, width = int(mapped.x.meta["val"].shape[1]), int(mapped.x.meta["val"].shape[3])
+    choice = read_choice(path)
+    if path.norm is None or choice.rows != [[h * width + i for i in range(width)] for h in range(heads)]:
+        raise Mismatch("queries with a matrix per head are not whole heads, each normalised", mapped.x)
+    inputs = {m.node.name: m for m in feeding_maps(kv_a.x)}
+    normed = {name: find_norm(m.node, kv_a.x, probe, None) for name, m in inputs.items()}
+    k = next((m for name, m in inputs.items() if normed[name] is not None), None)
+    v = next((m for name, m in inputs.items() if normed[name] is None), None)
+    if len(inputs) != 2 or k is None or v is None or not k.x is v.x is q_map.x:
+        raise Mismatch("the latent does not encode normalised keys and values", kv_a.x)
+    norm = normed[k.node.name]
+    assert norm is not None
+    keys, values = (torch.arange(m.out_features, dtype=torch.float32) for m in (k, v))
+    given = {
+        norm.y: keys.expand(2, 3, -1).reshape(probe.shape(norm.y, 2, 3)),
+        v.node: values.expand(2, 3, -1).reshape(probe.shape(v.node, 2, 3)),
+    }
+    (seen,) = probe.evaluate([kv_a.x], given, 2, 3)
+    if not torch.equal(seen, torch.cat([keys, values]).expand_as(seen)):
+        raise Mismatch("the latent does not encode keys and then values", kv_a.x)
+    return _Normed(mapped, path.norm.spec, norm.spec, k, v)
 
 
 def _encoder(kv_a: LinearMap, kv_b: LinearMap, probe: Probe) -> tuple[int, NormMatch | None]:

@@ -92,7 +92,7 @@ def read_choice(path: Path) -> Choice:
     Raises:
         Mismatch: if a dim is not one channel times a factor, or heads are laid out differently from one another.
     """
-    shape = path.probe.shape(path.source.node, 2, 3)
+    shape = (2, 3, path.source.out_features)
     index = torch.arange(shape[-1], dtype=torch.float32).expand(shape)
     factors = path.feed(torch.ones(shape), 2, 3)
     found = path.feed(index + 1.0, 2, 3)

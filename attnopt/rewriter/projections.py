@@ -97,6 +97,8 @@ def _make(node: fx.Node, x: object, weight: object, bias: object, layout: Layout
         return None
     if bias is not None and (not isinstance(bias, fx.Node) or bias.op != "get_attr"):
         return None
+    if weight.meta["val"].ndim != 2:
+        return None  # a matrix per head, see `head_map`
     out_features, in_features = weight.meta["val"].shape
     if layout == "conv1d":
         out_features, in_features = in_features, out_features
@@ -104,6 +106,37 @@ def _make(node: fx.Node, x: object, weight: object, bias: object, layout: Layout
         x = x.args[0]
     name = str(bias.target) if isinstance(bias, fx.Node) else None
     return LinearMap(node, x, str(weight.target), name, layout, int(in_features), int(out_features))
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """A product with a stored matrix of each head's own.
+
+    Attributes:
+        node: its result by tokens, [B, S, H, out].
+        x: its operand, [B, H, S, in].
+        weight: name of the matrices, [H, out, in].
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+
+
+def head_map(nodes: Iterable[fx.Node]) -> HeadMap | None:
+    """The first product with a matrix per head among some nodes, if there is one."""
+    for node in nodes:
+        if node.target is not aten.matmul.default:
+            continue
+        x, weight = node.args[:2]
+        if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.target not in _TRANSPOSES:
+            continue
+        stored, users = weight.args[0], list(node.users)
+        if not isinstance(stored, fx.Node) or stored.op != "get_attr" or stored.meta["val"].ndim != 3:
+            continue
+        if len(users) == 1 and users[0].target is aten.transpose.int and users[0].args[1:] == (1, 2):
+            return HeadMap(users[0], x, str(stored.target))
+    return None
 
 
 def feeding_maps(node: fx.Node) -> list[LinearMap]:

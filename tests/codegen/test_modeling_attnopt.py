@@ -17,6 +17,7 @@ from attnopt.codegen.hf import deepseek_v3, own_class
 from attnopt.codegen.hf.configuration_attnopt import SEMANTICS, AttnoptConfig
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.capture import capture
+from attnopt.rewriter.interpret import run
 from attnopt.rewriter.source import open_source
 from tests.codegen.loading import module_of, tokens
 from tests.codegen.lossless import EXTRA, Variation, program_of, tiny
@@ -182,6 +183,23 @@ def test_capture_understands_the_class(tmp_path: Any) -> None:
     assert [site.kind for site in program.site_list] == ["mla", "mla"]
     assert [site.latent.kv_lora_rank for site in program.site_list] == [17, 19]
     assert [site.d_rope for site in program.site_list] == [16, 16]
+
+
+def test_capture_understands_normalised_keys_in_the_latent(tmp_path: Any) -> None:
+    source = program_of(tiny("qwen3"))
+    model = module_of(own_class.build(source))
+    model.save_pretrained(tmp_path)
+    program = capture(open_source(tmp_path))
+    for found, expected in zip(program.site_list, source.site_list, strict=True):
+        assert found.latent.encoder == "normed_kv"
+        assert found.latent.q_map == f"{found.fqn}.q_map.weight"
+        for field in ("heads", "d_qk", "d_v", "scale", "cache"):
+            assert getattr(found, field) == getattr(expected, field)
+        assert (found.k.out_features, found.v.out_features) == (expected.k.out_features, expected.v.out_features)
+        assert (found.q_norm.kind, found.k_norm.eps) == ("rms", expected.k_norm.eps)
+    ids = tokens(2, 7)
+    positions = torch.arange(7).expand(2, -1)
+    assert close(run(program, input_ids=ids, position_ids=positions)["logits"], model(ids).logits)
 
 
 def test_loading_refuses_a_damaged_checkpoint(tmp_path: Any) -> None:

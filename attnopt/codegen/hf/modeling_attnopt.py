@@ -44,7 +44,7 @@ class HeadMap(nn.Module):
         self.weight = nn.Parameter(torch.zeros(heads, rows, columns))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bshn,hmn->bshm", x, self.weight)
+        return (x.transpose(1, 2) @ self.weight.transpose(1, 2)).transpose(1, 2)
 
 
 class Angles(nn.Module):
