@@ -1,11 +1,12 @@
 """What a conversion to MLA costs in quality: ln(perplexity ratio) by cache size, recovery and calibration text.
 
     python benchmarks/mla_quality.py MODEL --text wiki.valid.txt > quality.json
-    python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.5 --recover none --calib text
+    python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.5 --recover none --calib text --work DIR
 
 The first half of the text calibrates, the second half judges; "self" calibrates on text sampled from the model. Every
 result is written as the stock class, loaded by stock transformers in a fresh process and compared there with the
-original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr as they are made.
+original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr as they are made. With
+`--work`, conversions are kept there, and those of the same settings that are there already are only judged.
 """
 
 from __future__ import annotations
@@ -37,6 +38,22 @@ def first_half(text: Path, folder: Path) -> Path:
     return path
 
 
+def converted(
+    arguments: argparse.Namespace, keep: float, recover: str, calib: Path | None, out: Path
+) -> dict[str, Any]:
+    """The row of a conversion that is there already, or else of one that is made now."""
+    settings = {n: getattr(arguments, n) for n in ("model", "calib_tokens", "context", "seed")}
+    note = out.parent / f"{out.name}.json"
+    if note.exists() and out.exists():
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept["settings"] == settings:
+            row: dict[str, Any] = kept["row"]
+            return row
+    row = convert(arguments, keep, recover, calib, out)
+    note.write_text(json.dumps({"settings": settings, "row": row}), encoding="utf-8")
+    return row
+
+
 def convert(arguments: argparse.Namespace, keep: float, recover: str, calib: Path | None, out: Path) -> dict[str, Any]:
     """One conversion; returns a row of the table without the quality."""
     from attnopt import api
@@ -61,6 +78,7 @@ def convert(arguments: argparse.Namespace, keep: float, recover: str, calib: Pat
         "kv_lora_rank": summary["kv_lora_rank"],
         "qk_rope_head_dim": summary["qk_rope_head_dim"],
         "cached_numbers_per_token": {"before": result.cached_before, "after": result.cached_after},
+        "calibration_tokens": result.details["calibration"]["tokens"],
         "seconds": round(time.perf_counter() - began, 1),
         "to_reach": floor * (SELF_FACTOR if calib is None else 1) if floor else None,
     }
@@ -107,16 +125,18 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="directory in which to keep conversions, and to find them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="attnopt-quality-") as name:
-        folder = Path(name)
+        folder = arguments.work or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         half = first_half(arguments.text, folder)
         rows, outs = [], []
         for calib in arguments.calib or ("text", "self"):
             for keep in arguments.keep or tuple(FLOORS):
                 for recover in arguments.recover or ("none", "refit"):
-                    outs.append(folder / f"{calib}-{keep}-{recover}")
-                    rows.append(convert(arguments, keep, recover, half if calib == "text" else None, outs[-1]))
+                    outs.append(folder / f"{calib}-{keep:g}-{recover}")
+                    rows.append(converted(arguments, keep, recover, half if calib == "text" else None, outs[-1]))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         rows = [{**row, **quality} for row, quality in zip(rows, measure(arguments, outs), strict=True)]
     settings = {n: getattr(arguments, n) for n in ("calib_tokens", "context", "window", "windows", "seed")}

@@ -32,6 +32,8 @@ from attnopt.rewriter.weights import Value, evaluate
 #: Second moments of all groups of a layer may take this many bytes; beyond that groups share one.
 MOMENT_BYTES = 256 << 20
 PROBE_STEP = "probe"
+#: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
+EPOCHS, REFIT_TOKENS = 4, 131_072
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Settings:
         splits: the split, or those to choose from.
         lane: whether the last latent channel is the constant 1.
         refit: fit all weights of each layer after the closed form.
-        epochs: passes over the text in a refit.
+        epochs: passes over the text in a refit; None for as many as `default_epochs` says.
         follow: how far a layer's target leads back to the source model's own hidden state, from 0 (the source layer's
             output on the converted model's state) to 1 (whatever brings the state back to the source's).
         shared_table: one rope table for all layers.
@@ -52,7 +54,7 @@ class Settings:
     splits: tuple[Split, ...]
     lane: bool
     refit: bool
-    epochs: int
+    epochs: int | None
     follow: float
     shared_table: bool
     stride: int = 8
@@ -278,7 +280,8 @@ class _LayerJob:
         """
         train, held_out = (self._examples(held) for held in (False, True))
         seed = self.job.context.seed + self.site.layer
-        fitted = refit(layer, self.source, train, held_out, epochs=self.job.settings.epochs, seed=seed)
+        epochs = self.job.settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
+        fitted = refit(layer, self.source, train, held_out, epochs=epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
         return fitted.layer
 
@@ -312,6 +315,11 @@ class _LayerJob:
             if self.reference is not None:
                 output = self._reference_output(self.reference, place)
                 self.reference.advance(self.reference.batches[place], self.loaded, output)
+
+
+def default_epochs(tokens: int) -> int:
+    """Passes over so much text in a refit: new text serves better than the same once more, and time stays bounded."""
+    return max(1, min(EPOCHS, round(REFIT_TOKENS / max(1, tokens))))
 
 
 def _kept_type(program: Program, compute: torch.dtype) -> torch.dtype:

@@ -34,7 +34,9 @@ class ToMla(Pass):
     kv_lora_rank: int | None = option(None, help="width of the latent, the constant lane included", minimum=1)
     qk_rope_head_dim: int | None = option(None, help="width of the rotary key", minimum=2)
     recover: Literal["none", "refit"] = option("none", help="fit each layer to its source on the calibration text")
-    epochs: int = option(4, help="passes over the text in a refit", minimum=1)
+    epochs: int | None = option(
+        None, help="passes over the text in a refit; 4, or fewer over more than 32,768 tokens", minimum=1
+    )
     follow: float = option(
         0.5, help="how far targets lead back to the source model's hidden states", minimum=0.0, maximum=1.0
     )
