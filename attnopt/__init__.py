@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CalibrationOptions": "attnopt.conversion",
     "RunOptions": "attnopt.conversion",
+    "bench": "attnopt.api",
     "convert": "attnopt.api",
     "inspect": "attnopt.api",
     "list_passes": "attnopt.api",
@@ -27,6 +28,7 @@ __all__ = [
     "CalibrationOptions",
     "RunOptions",
     "__version__",
+    "bench",
     "convert",
     "inspect",
     "list_passes",

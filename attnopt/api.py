@@ -9,6 +9,7 @@ import difflib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from attnopt.conversion import CalibrationOptions, RunOptions, convert_model, open_and_capture, preview
 from attnopt.errors import AttnoptError, OptionError
 from attnopt.progress import Reporter, Silent
-from attnopt.results import Conversion, Inspection, PassList, PlanPreview, Verification
+from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Verification
 
 #: The English text that every CPython ships: the help topics of `help()`.
 PYTHON_TOPICS = "pydoc_data.topics"
@@ -225,6 +226,66 @@ def verify(
     if not texts:
         document["texts"][0]["file"] = PYTHON_TOPICS
     return Verification(document)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    contexts: Sequence[int] = (1024, 4096),
+    batches: Sequence[int] = (1,),
+    steps: int = 16,
+    runs: int = 3,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Bench:
+    """Time prefill and decoding of a model, beside its original where there is one, in fresh processes.
+
+    Args:
+        model: a directory or GGUF file; if attnopt wrote it and its original is still there, that is the original.
+        against: another original.
+        contexts: prompt lengths, in tokens.
+        batches: sequences at once.
+        steps: tokens decoded behind every prompt.
+        runs: times that every prompt is read.
+        dtype: type to compute in; "auto" for that of the weights.
+        device: "auto", "cpu" or "cuda[:N]".
+        trust_remote_code: run Python code that the directories bring.
+        reporter: told of the tokens done.
+
+    Raises:
+        AttnoptError: a model cannot be read or does not take such prompts, or the memory does not suffice.
+    """
+    from attnopt.conversion import resolve_device
+    from attnopt.evaluate import ModelSpec
+    from attnopt.timing import BenchJob, bench_report
+    from attnopt.timing import bench as measure
+
+    if not Path(model).exists():
+        raise AttnoptError(f"there is no {model}", "give a model directory or a .gguf file")
+    if against is None:
+        with suppress(AttnoptError):
+            named = Path(_original_of(Path(model)))
+            against = named if named.exists() else None
+    models = [ModelSpec(Path(model).name if against is None else "converted", str(model), trust_remote_code)]
+    if against is not None:
+        models.insert(0, ModelSpec("original", str(against), trust_remote_code))
+    job = BenchJob(tuple(models), tuple(contexts), tuple(batches), steps, runs, dtype, str(resolve_device(device)))
+    return Bench(bench_report(measure(job, reporter)))
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas.
+
+    Raises:
+        OptionError: naming `option`, if it is anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise OptionError(f"{option} {text!r} is no list of whole numbers", f"write {option} 1024,4096") from error
 
 
 def _python_topics(folder: Path) -> Path:

@@ -276,6 +276,45 @@ def verify(
         return session.show(result)
 
 
+@app.command(epilog=_example("attnopt bench ./SmolLM2-135M-mla --context 1024,4096,16384 --batch 1,8"))
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the original; by default where MODEL was made from, if there")
+    ] = None,
+    context: Annotated[str, typer.Option(metavar="N,N,...", help="prompt lengths, in tokens")] = "1024,4096",
+    batch: Annotated[str, typer.Option(metavar="N,N,...", help="sequences at once")] = "1",
+    steps: Annotated[int, typer.Option(help="tokens decoded behind every prompt")] = 16,
+    runs: Annotated[int, typer.Option(help="times that every prompt is read")] = 3,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="type to compute in: auto (the weights'), float32, ...")
+    ] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Time prefill and decoding, and count cache and memory, of a model and its original in turn."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        return session.show(
+            api.bench(
+                model,
+                against=against,
+                contexts=api.numbers(context, "--context"),
+                batches=api.numbers(batch, "--batch"),
+                steps=steps,
+                runs=runs,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                reporter=session.reporter,
+            )
+        )
+
+
 @app.command(epilog=_example("attnopt passes"))
 def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> int:
     """List passes and methods, with their options."""

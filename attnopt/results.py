@@ -328,6 +328,29 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Speed and memory of a model, and of its original.
+
+    Attributes:
+        document: `attnopt.bench/1`, as `bench.bench_report` makes it.
+    """
+
+    document: Mapping[str, Any]
+
+    exit_code = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The document `attnopt.bench/1`."""
+        return dict(self.document)
+
+    def view(self, *, quiet: bool) -> RenderableType:
+        """See `bench.report.bench_view`."""
+        from attnopt.timing.report import bench_view
+
+        return bench_view(self.document, quiet=quiet)
+
+
+@dataclass(frozen=True)
 class PassList:
     """Every pass and method.
 

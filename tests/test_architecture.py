@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "attnopt.passes": {"attnopt.rewriter", "attnopt.profiles", "attnopt.staging"},
     "attnopt.codegen": {"attnopt.rewriter", "attnopt.staging", "attnopt.artifact"},
     "attnopt.evaluate": {"attnopt.rewriter", "attnopt.codegen"},
-    "attnopt.results": {"attnopt.rewriter", "attnopt.render"},
+    "attnopt.timing": {"attnopt.evaluate", "attnopt.render"},
+    "attnopt.results": {"attnopt.rewriter", "attnopt.render", "attnopt.timing"},
     "attnopt.render": set(),
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.

@@ -1,4 +1,4 @@
-"""Starts the measuring process and passes its progress on."""
+"""Starts a measuring process and passes its progress on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,42 @@ def evaluate(job: Job, reporter: Reporter | None = None) -> dict[str, Any]:
     resident bytes of the process.
 
     Raises:
+        AttnoptError, RuntimeError: see `in_fresh_process`.
+    """
+    reporter = reporter or Silent()
+    per_text = (job.windows or 0) * job.window * len(job.models)
+    with bar(reporter, "measuring", per_text * len(job.texts), "tokens") as handle:
+        return in_fresh_process("attnopt.evaluate", job.to_json(), lambda n: reporter.advance(handle, n))
+
+
+def in_fresh_process(module: str, job: Mapping[str, Any], advance: Callable[[int], None]) -> dict[str, Any]:
+    """Run `python -m MODULE JOB.json RESULT.json` (see `serve`) and return the result.
+
+    Args:
+        module: whose `__main__` serves jobs.
+        job: plain data.
+        advance: called with the amounts done.
+
+    Raises:
         AttnoptError: what the user can fix (a damaged directory, a text that is too short).
         RuntimeError: the process failed otherwise; the message holds the end of its error output.
     """
-    reporter = reporter or Silent()
     with tempfile.TemporaryDirectory(prefix="attnopt-evaluate-") as folder:
         source, target, errors = (Path(folder) / name for name in ("job.json", "result.json", "stderr"))
-        source.write_text(json.dumps(job.to_json()))
-        command = [sys.executable, "-m", "attnopt.evaluate", str(source), str(target)]
-        per_text = (job.windows or 0) * job.window * len(job.models)
-        with errors.open("w") as stderr, bar(reporter, "measuring", per_text * len(job.texts), "tokens") as handle:
+        source.write_text(json.dumps(job))
+        command = [sys.executable, "-m", module, str(source), str(target)]
+        with errors.open("w") as stderr:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
                 try:
                     for line in process.stdout or ():
-                        reporter.advance(handle, int(json.loads(line)["tokens"]))
+                        advance(int(json.loads(line)["tokens"]))
                 except BaseException:
                     process.kill()
                     raise
             code = process.wait()
         if code == 0:
-            return json.loads(target.read_text())
+            result: dict[str, Any] = json.loads(target.read_text())
+            return result
         if code == 1 and target.exists():
             told = json.loads(target.read_text())
             raise AttnoptError(told["error"], told["hint"])

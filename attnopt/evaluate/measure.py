@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from attnopt.errors import AttnoptError, SourceError
 from attnopt.evaluate.job import Job, ModelSpec
 from attnopt.evaluate.memory import peak_rss_bytes
 from attnopt.evaluate.report import WindowScores, compare
+from attnopt.evaluate.serve import Progress
 from attnopt.evaluate.text import windows_of
-
-Progress = Callable[[str, int], None]
 
 _BATCH_TOKENS = 1024  # a forward pass this long fills two to sixteen cores; more only costs memory
 _SLICE = 256  # positions whose distributions over the vocabulary are in memory in full at a time
