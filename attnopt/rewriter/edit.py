@@ -120,12 +120,13 @@ class Editor:
             node.meta["val"] = value
         return node
 
-    def weight(self, name: str, value: Value | None = None) -> fx.Node:
+    def weight(self, name: str, value: Value | None = None, buffer: bool = False) -> fx.Node:
         """The node that reads a weight, made if there is none.
 
         Args:
             name: name in the WeightStore.
             value: defines the weight first, see `set_weight`.
+            buffer: it is a constant and no parameter.
         """
         if value is not None:
             self.set_weight(name, value)
@@ -140,7 +141,7 @@ class Editor:
         with self._graph.inserting_before(before):
             node = self._graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self._mark(node, site, before)
-        node.meta["buffer"] = False
+        node.meta["buffer"] = buffer
         meta = meta_of(self._weights[name] if name in self._weights else self._before.weights[name])
         dtype = torch.float32 if meta.dtype.is_floating_point else meta.dtype
         with _fake_mode(before):
@@ -280,4 +281,6 @@ def weight_names(site: AttentionSite) -> tuple[str, ...]:
         if part is not None:
             names += [part.weight, part.bias]
     names += [site.mask.sinks, *site.mask.bias]
+    if site.route is not None:
+        names += [site.route.weight, site.route.bias, site.route.fill]
     return tuple(dict.fromkeys(name for name in names if name is not None))
