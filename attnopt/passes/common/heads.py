@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from attnopt.passes.common.weights import channels, columns, matrix, pick, vector
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.program import Program
@@ -50,7 +52,7 @@ class _Taker:
             kept,
             kind=kind,
             kv_heads=len(groups),
-            kv_of=() if of == even else of,
+            kv_of=() if of == even and len(kept) % len(groups) == 0 else of,
             q=self._outputs("q_proj", site.q, channels(kept, site.d_qk)),
             k=self._outputs("k_proj", site.k, channels(groups, site.d_qk)),
             v=self._outputs("v_proj", site.v, channels(groups, site.d_v)),
@@ -126,7 +128,9 @@ def make_projection(editor: Editor, fqn: str, name: str, weight: Value, bias: Va
     return Projection(set_fresh(editor, fqn, f"{name}.weight", weight), bias_name, ((0, out),), inside)
 
 
-def zero_bias(program: Program, site: AttentionSite) -> Value:
-    """An output bias of nothing, for a layer that has none."""
-    dtype = program.weights.meta(site.o.weight).dtype
-    return Derived.of("zeros", shape=(site.o.out_features,), dtype=dtype)
+def with_output_bias(editor: Editor, site: AttentionSite) -> AttentionSite:
+    """The facts with an output bias, of zeros if there was none."""
+    if site.o.bias is not None:
+        return site
+    zeros = Derived.of("zeros", shape=(site.o.out_features,), dtype=torch.float32)
+    return replace(site, o=replace(site.o, bias=set_fresh(editor, site.fqn, "o_proj.bias", zeros)))

@@ -9,7 +9,6 @@ from torch import fx
 
 from attnopt.rewriter.program import Program, walk_back
 from attnopt.rewriter.segments import Segment
-from attnopt.rewriter.site import AttentionSite
 
 _ATEN = torch.ops.aten
 
@@ -40,14 +39,12 @@ def output_nodes(program: Program, segment: Segment) -> OutputNodes:
     site = segment.site
     assert site is not None
     nodes = {node.name: node for node in program.graph.nodes}
-    anchor = nodes[site.nodes.attention]
     context = _reader(nodes[site.nodes.output], site.o.weight)
     gates = None
     if site.route is not None and site.route.fill is not None:
         idle = _reader(nodes[site.nodes.output], site.route.fill)
         assert isinstance(idle.args[0], fx.Node)
         gates = idle.args[0].name  # idle = 1 - gates
-    del anchor
     return OutputNodes(context.name, gates, _is_added(nodes[site.nodes.output], segment.stream_in))
 
 
@@ -85,8 +82,3 @@ def _is_added(output: fx.Node, stream: str | None) -> bool:
             return False
         node = user
     return False
-
-
-def features(site: AttentionSite) -> int:
-    """Numbers per token that the output projection reads."""
-    return site.heads * site.d_v
