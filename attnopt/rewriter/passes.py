@@ -28,6 +28,7 @@ from attnopt.rewriter.edit import Editor, weight_names
 from attnopt.rewriter.options import Options, option
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss
+from attnopt.rewriter.segments import layer_path
 from attnopt.rewriter.steps import MemorySteps, StepStore
 
 __all__ = ["Analysis", "Item", "Pass", "PassContext", "PassResult", "Plan", "SitePlan", "option"]
@@ -170,9 +171,11 @@ class Pass(Item):
         may_change_nothing: True if changing no attention layer is a legal outcome.
         bound: largest relative change of the output the pass may cause (see `NumericCheck`); None if it is lossy.
         section: where a plan file keeps what the pass intends for a layer.
+        needs_text: False if it never reads calibration text.
     """
 
     section: ClassVar[str] = ""
+    needs_text: ClassVar[bool] = True
     preserves: ClassVar[tuple[str, ...]] = ()
     may_change_nothing: ClassVar[bool] = False
     bound: ClassVar[float | None] = None
@@ -237,17 +240,20 @@ def plain(value: Any) -> Any:
 
 
 def sites_differing(before: Program, after: Program) -> tuple[str, ...]:
-    """Attention layers of `after` whose facts, weights or nodes are not those of `before`, in layer order."""
+    """Layers of `after` that have other facts, weights (MLP included) or nodes than in `before`, in their order."""
     old_nodes = {node.name for node in before.graph.nodes}
     made_for = {
         node.meta["attnopt"]["site"]
         for node in after.graph.nodes
         if node.op != "get_attr" and node.name not in old_nodes and "attnopt" in node.meta
     }
+    read, known = set(after.weight_names), set(before.weights.names())
+    changed = [n for n, value in after.weights.items() if n in read and n in known and before.weights[n] != value]
     result = []
     for fqn, site in after.sites.items():
+        beside = any(name.startswith(f"{layer_path(fqn)}.") for name in changed)
         values = [(n, after.weights[n]) for n in weight_names(site) if n in after.weights]
         kept = all(name in before.weights and before.weights[name] == value for name, value in values)
-        if before.sites.get(fqn) != site or not kept or fqn in made_for:
+        if before.sites.get(fqn) != site or not kept or beside or fqn in made_for:
             result.append(fqn)
     return tuple(result)
