@@ -39,7 +39,22 @@ class Emit(StrEnum):
 
     auto = "auto"
     deepseek_v3 = "deepseek_v3"
+    source = "source"
     attnopt = "attnopt"
+
+
+class Edge(StrEnum):
+    """What a layer reads of an earlier one."""
+
+    map = "map"
+    kv = "kv"
+
+
+class Unit(StrEnum):
+    """What is removed or switched as a whole."""
+
+    kv_group = "kv-group"
+    head = "head"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
@@ -78,8 +93,20 @@ EmitAs = Annotated[
     Emit,
     typer.Option(
         "--emit",
-        help="write for stock transformers (deepseek_v3), for attnopt's class, or choose",
+        help="write for stock transformers (deepseek_v3, or the source's class), for attnopt's class, or choose",
     ),
+]
+
+
+Measure = Annotated[
+    bool, typer.Option("--measure", help="with --dry-run: read weights and text, so that every choice is printed")
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="do what a plan says; --dry-run --json prints one to edit"),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", metavar="DIR", help="what attnopt profile measured, for passes that read it")
 ]
 
 
@@ -117,11 +144,15 @@ def inspect(
     epilog=_example(
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 -o ./SmolLM2-135M-mla",
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 --dry-run",
+        "attnopt convert ./SmolLM2-135M --to prune --keep-heads 0.67 --dry-run --measure --json > plan.json",
+        "attnopt convert ./SmolLM2-135M --plan plan.json -o ./SmolLM2-135M-pruned",
     )
 )
 def convert(
     model: Model,
-    to: Annotated[str, typer.Option("--to", metavar="METHOD", help="the method; 'attnopt passes' lists them")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="METHOD", help="the method; 'attnopt passes' lists them")
+    ] = None,
     output: Output = None,
     kv_keep: Annotated[
         float | None,
@@ -133,7 +164,39 @@ def convert(
         Recover | None,
         typer.Option(help="fit each layer to the original after the closed form, or not"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="convert even if the cache grows")] = False,
+    force: Annotated[bool, typer.Option("--force", help="mla: convert even if the cache grows")] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|SPEC|uniform|free",
+            help='share: layers that read another\'s, e.g. "7,8,25-28"; prune: as many units in each layer, or not',
+        ),
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(help="share: fraction of the layers that read another's")] = None,
+    edge: Annotated[Edge | None, typer.Option(help="share: the attention map, or keys and values")] = None,
+    active: Annotated[float | None, typer.Option(help="moh: fraction of the heads that work on a token")] = None,
+    shared_heads: Annotated[
+        str | None, typer.Option("--shared-heads", metavar="auto|N", help="moh: heads that always work")
+    ] = None,
+    router: Annotated[str | None, typer.Option(metavar="linear|qnorm", help="moh: what scores the heads")] = None,
+    keep_heads: Annotated[
+        float | None, typer.Option("--keep-heads", help="prune: fraction of the heads or groups to keep")
+    ] = None,
+    unit: Annotated[Unit | None, typer.Option(help="prune, moh: key/value groups or query heads")] = None,
+    groups: Annotated[
+        str | None, typer.Option(metavar="even|free", help="prune: as many heads in each group, or any")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="prune, moh: measured here, or a metric of the profile")
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(metavar="lsq|lsq-nobias|mean|none", help="share, moh, prune: what makes up for the loss"),
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="dimap: fraction to remove")] = None,
+    structured: Annotated[
+        bool, typer.Option("--structured", help="dimap: remove heads and channels, not single weights")
+    ] = False,
     emit: EmitAs = Emit.auto,
     calib: Calib = None,
     calib_tokens: CalibTokens = 32768,
@@ -142,7 +205,10 @@ def convert(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
+    profile: ProfileOption = None,
+    plan: PlanOption = None,
     dry_run: DryRun = False,
+    measure: Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,
@@ -158,11 +224,25 @@ def convert(
         "qk-rope-head-dim": qk_rope_head_dim,
         "recover": recover,
         "force": force or None,
+        "layers": layers,
+        "fraction": fraction,
+        "edge": edge,
+        "active": active,
+        "shared-heads": int(shared_heads) if shared_heads and shared_heads.isdigit() else shared_heads,
+        "router": router,
+        "keep-heads": keep_heads,
+        "unit": unit,
+        "groups": groups,
+        "importance": importance,
+        "fill": fill,
+        "sparsity": sparsity,
+        "structured": structured or None,
     }
+    method_options = {name: getattr(value, "value", value) for name, value in method_options.items()}
     with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
         from attnopt import api
 
-        pipeline = api.method_pipeline(to, method_options)
+        pipeline = api.requested_pipeline(to, method_options, plan)
         result = api.run_pipeline(
             model,
             pipeline,
@@ -174,6 +254,9 @@ def convert(
                 dtype=dtype,
                 memory_budget=memory_budget,
                 dry_run=dry_run,
+                measure=measure,
+                plan=plan,
+                profile=profile,
                 resume=resume,
                 overwrite=overwrite,
                 check_each=check_each,
@@ -188,8 +271,9 @@ def convert(
 def run(
     model: Model,
     pipeline: Annotated[
-        str, typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas")
-    ],
+        str | None,
+        typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas"),
+    ] = None,
     output: Output = None,
     emit: EmitAs = Emit.auto,
     calib: Calib = None,
@@ -199,7 +283,10 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
+    profile: ProfileOption = None,
+    plan: PlanOption = None,
     dry_run: DryRun = False,
+    measure: Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,
@@ -223,6 +310,9 @@ def run(
                 dtype=dtype,
                 memory_budget=memory_budget,
                 dry_run=dry_run,
+                measure=measure,
+                plan=plan,
+                profile=profile,
                 resume=resume,
                 overwrite=overwrite,
                 check_each=check_each,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from attnopt.profiles.calibration import Calibration
     from attnopt.rewriter.instruments import NumericCheck
-    from attnopt.rewriter.passes import Plan
-    from attnopt.rewriter.pipeline import Instrument, Pipeline, PipelineResult
+    from attnopt.rewriter.passes import Pass, PassContext, Plan
+    from attnopt.rewriter.pipeline import Given, Instrument, Pipeline, PipelineResult
     from attnopt.rewriter.program import Program
     from attnopt.rewriter.source import ModelSource
     from attnopt.staging import Staging
@@ -68,11 +69,14 @@ class RunOptions:
     """How to run and what to write.
 
     Attributes:
-        emit: "auto", "deepseek_v3" or "attnopt".
+        emit: "auto", "deepseek_v3", "source" or "attnopt".
         device: "auto", "cpu" or "cuda[:N]".
         dtype: type of the written weights, one of `DTYPES`.
         memory_budget: gigabytes; what is predicted to need more is refused.
         dry_run: only plan.
+        measure: with `dry_run`, run the passes and plan every choice; otherwise what is measured stays open.
+        plan: a plan file that says what the passes do.
+        profile: directory of a profile that passes may read.
         resume: go on with an unfinished run.
         overwrite: replace an existing output.
         check_each: compare the logits before and after every pass.
@@ -84,6 +88,9 @@ class RunOptions:
     dtype: str = "auto"
     memory_budget: float | None = None
     dry_run: bool = False
+    measure: bool = False
+    plan: Path | None = None
+    profile: Path | None = None
     resume: bool = False
     overwrite: bool = False
     check_each: bool = False
@@ -93,20 +100,26 @@ class RunOptions:
 def preview(
     model: str | Path, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions, reporter: Reporter
 ) -> PlanPreview:
-    """What a conversion would do. Weights are not read and nothing is written."""
+    """What a conversion would do. Nothing is written, and weights are read only if choices are to be measured."""
+    from attnopt.rewriter.planfile import PlanFile
+
     source, program = open_and_capture(model, options.trust_remote_code, reporter)
-    plans = pipeline.plan(program)
+    given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
+    plans = pipeline.plan(program, given, profiles)
+    if options.measure:
+        plans = _measured(source, program, pipeline, calibration, options, reporter, given, profiles)
     after = program.cached_numbers_per_token
     for _, plan in plans:
         after += sum(edit.cached_numbers_per_token[1] - edit.cached_numbers_per_token[0] for edit in plan.edits)
+    file = PlanFile.of(source.identity, pipeline.to_text(), plans, calibration.seed)
     layers = [
         {
-            "pass": text,
+            "pass": item.to_text(),
             "site": edit.site,
             **edit.edit,
             "cached_numbers_per_token": dict(zip(("before", "after"), edit.cached_numbers_per_token, strict=True)),
         }
-        for text, plan in plans
+        for item, plan in plans
         for edit in plan.edits
     ]
     return PlanPreview(
@@ -117,7 +130,59 @@ def preview(
         cached_before=program.cached_numbers_per_token,
         cached_after=after,
         memory_bytes=predict_memory(program, [plan for _, plan in plans], calibration),
+        document=file.to_json(),
     )
+
+
+def _measured(
+    source: ModelSource,
+    program: Program,
+    pipeline: Pipeline,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    reporter: Reporter,
+    given: Given | None,
+    profiles: Mapping[str, Any],
+) -> list[tuple[Pass, Plan]]:
+    """The plans of passes that were run, with every choice made; what they made is dropped."""
+    from attnopt.profiles.calibration import self_sampled
+    from attnopt.rewriter.passes import PassContext
+
+    device, text = resolve_device(options.device), None
+    if calibration.files:
+        text = _from_files(source, calibration)
+    elif _needs_text(pipeline):
+        text = self_sampled(
+            source, calibration.tokens, calibration.context, calibration.seed, device=str(device), reporter=reporter
+        )
+    context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
+    results = pipeline.run(program, context, given=given).results
+    return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
+
+
+def _needs_text(pipeline: Pipeline) -> bool:
+    """Whether a pass of the pipeline reads calibration text."""
+    return any(item.needs_text for item in pipeline.passes)
+
+
+def _given(source: ModelSource, program: Program, pipeline: Pipeline, options: RunOptions) -> Given | None:
+    """What the plan file says, if there is one."""
+    from attnopt.rewriter.planfile import PlanFile
+
+    if options.plan is None:
+        return None
+    return PlanFile.load(options.plan).given(source.identity, program, pipeline.passes)
+
+
+def _profiles(program: Program, options: RunOptions) -> dict[str, Any]:
+    """The profile that was given, by the name passes look for it under."""
+    if options.profile is None:
+        return {}
+    from importlib import import_module
+
+    profile = import_module("attnopt.profiles.profile").Profile.load(options.profile)
+    profile.require(program)
+    return {"profile": profile}
 
 
 def _plan_notes(plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -218,26 +283,31 @@ def convert_model(
     source = open_model(model, options.trust_remote_code, reporter)
     clock.lap("open")
     text = _from_files(source, calibration) if calibration.files else None
+    needed = _needs_text(pipeline)
     settings = {
         "calibration": _describe(calibration, text),
         "emit": options.emit,
         "dtype": options.dtype,
         "device": device.type,
         "seed": calibration.seed,
+        **_file_hashes(options),
     }
     key = resume_key(source.identity, pipeline.to_text(full=True), settings)
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
     with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
         program = capture_model(source, reporter)
-        check_source(program, options.emit)
-        _refuse_beyond_budget(program, pipeline, calibration, options)
+        latent = any("mla" in item.provides for item in pipeline.passes)
+        check_source(program, options.emit, latent or any(site.latent is not None for site in program.site_list))
+        given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
+        _refuse_beyond_budget(program, pipeline.plan(program, given, profiles), calibration, options)
         clock.lap("capture")
-        if text is None:
+        if text is None and needed:
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
         clock.lap("calibration text")
-        reporter.say(f"running {pipeline.to_text()} on {text.tokens:,} tokens")
-        result, check = _run_passes(program, pipeline, text, device, options, staging, reporter)
+        reporter.say(f"running {pipeline.to_text()}" + (f" on {text.tokens:,} tokens" if text is not None else ""))
+        context = _context(text, calibration, device, options, staging, reporter, profiles)
+        result, check = _run_passes(program, pipeline, context, options, given)
         clock.lap("passes")
         emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
         cached = (program.cached_numbers_per_token, emitted.cached_numbers_per_token)
@@ -251,6 +321,7 @@ def convert_model(
             cached_numbers_per_token=cached,
             parameters=parameters,
             layers=[layer for one in result.results for layer in one.layers],
+            plan=_plan_done(source, pipeline, result, calibration.seed),
             run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
         ).write(staging.path)
         staging.finish()
@@ -352,6 +423,26 @@ def _self_written(
     return text
 
 
+def _plan_done(source: ModelSource, pipeline: Pipeline, result: PipelineResult, seed: int) -> dict[str, Any]:
+    """The plan that was carried out, every choice made, as a plan file has it."""
+    from attnopt.rewriter.planfile import PlanFile
+
+    plans = [(i, one.plan) for i, one in zip(pipeline.passes, result.results, strict=False) if one.plan is not None]
+    return PlanFile.of(source.identity, pipeline.to_text(), plans, seed).to_json()
+
+
+def _file_hashes(options: RunOptions) -> dict[str, str]:
+    """Hashes of the files that decide what a run does; none are named if there are none."""
+    found = {}
+    for name, path in (("plan", options.plan), ("profile", options.profile and options.profile / "profile.json")):
+        if path is not None:
+            try:
+                found[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise OptionError(f"the {name} {path} cannot be read: {error.strerror}", "check the path") from error
+    return found
+
+
 def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
     """The calibration as plain data. What the model will write is determined by the rest."""
     found: dict[str, Any] = {"source": "self", "tokens": calibration.tokens, "context": calibration.context}
@@ -361,13 +452,12 @@ def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict
 
 
 def _refuse_beyond_budget(
-    program: Program, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions
+    program: Program, plans: Sequence[tuple[Pass, Plan]], calibration: CalibrationOptions, options: RunOptions
 ) -> None:
     """Plan before anything is computed: what a pass cannot do, or memory cannot hold, is refused now."""
-    plans = [plan for _, plan in pipeline.plan(program)]
     if options.memory_budget is None:
         return
-    needed = predict_memory(program, plans, calibration)
+    needed = predict_memory(program, [plan for _, plan in plans], calibration)
     if needed > options.memory_budget * 1e9:
         raise AttnoptError(
             f"this needs about {needed / 1e9:.1f} GB of memory, more than the budget of {options.memory_budget:g} GB",
@@ -376,29 +466,40 @@ def _refuse_beyond_budget(
         )
 
 
-def _run_passes(
-    program: Program,
-    pipeline: Pipeline,
-    text: Calibration,
+def _context(
+    text: Calibration | None,
+    calibration: CalibrationOptions,
     device: torch.device,
     options: RunOptions,
     staging: Staging,
     reporter: Reporter,
-) -> tuple[PipelineResult, NumericCheck | None]:
-    from attnopt.rewriter.instruments import NumericCheck, Verify
+    profiles: Mapping[str, Any],
+) -> PassContext:
     from attnopt.rewriter.passes import PassContext
 
-    check = NumericCheck({"input_ids": text.selection[:1]}, device=device) if options.check_each else None
-    context = PassContext(
+    return PassContext(
         workdir=staging,
         calibration=text,
         device=device,
-        seed=text.seed,
+        seed=text.seed if text is not None else calibration.seed,
         reporter=reporter,
         resume=options.resume,
+        profiles=profiles,
         memory_budget=int(options.memory_budget * 1e9) if options.memory_budget else None,
     )
+
+
+def _run_passes(
+    program: Program, pipeline: Pipeline, context: PassContext, options: RunOptions, given: Given | None
+) -> tuple[PipelineResult, NumericCheck | None]:
+    from attnopt.rewriter.instruments import NumericCheck, Verify
+
+    check = None
+    if options.check_each:
+        if context.calibration is None:
+            raise OptionError("--check-each compares on calibration text", "give text with --calib")
+        check = NumericCheck({"input_ids": context.calibration.selection[:1]}, device=context.device)
     instruments: list[Instrument] = [Verify()]
     if check is not None:
         instruments.append(check)
-    return pipeline.run(program, context, instruments), check
+    return pipeline.run(program, context, instruments, given), check

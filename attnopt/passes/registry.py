@@ -7,7 +7,9 @@ from attnopt.rewriter.registry import Entry, Registry
 REGISTRY = Registry(
     items={
         "to-mla": Entry("attnopt.passes.mla.to_mla:ToMla", "turn attention into Multi-head Latent Attention"),
-        "share": Entry("attnopt.passes.share.share:Share", "let layers read an earlier layer's map, or keys and values"),
+        "share": Entry(
+            "attnopt.passes.share.share:Share", "let layers read an earlier layer's map, or keys and values"
+        ),
         "prune": Entry("attnopt.passes.prune.prune:Prune", "remove heads or key/value groups"),
         "moh": Entry("attnopt.passes.moh.moh:MixtureOfHeads", "let each token choose its heads"),
         "dimap": Entry("attnopt.passes.dimap.dimap:Dimap", "prune weights, or heads and channels, without any data"),

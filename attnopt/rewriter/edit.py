@@ -166,9 +166,10 @@ class Editor:
         self._journal.append(Edit("weight", site, name))
 
     def fresh_name(self, name: str) -> str:
-        """`name`, or `attnopt.` + `name` if that is the name of something else."""
-        taken = name in self._before.weights or name in self._weights
-        return f"attnopt.{name}" if taken else name
+        """`name`, with as many `attnopt.` before it as it takes for it to be the name of nothing else."""
+        while name in self._before.weights or name in self._weights:
+            name = f"attnopt.{name}"
+        return name
 
     def redirect(self, old: str | fx.Node, new: fx.Node) -> None:
         """Let every reader of `old` read `new` instead (but not `new` itself, if it is computed from `old`)."""

@@ -82,7 +82,7 @@ def eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What "eager" means here: the interface of transformers' attention functions; returns [B, S, H, d_v] and the map."""
+    """What "eager" means here; the interface of transformers' attention functions: [B, S, H, d_v] and the map."""
     weights = attention_map(query, key, attention_mask, scaling, bool(getattr(module, "is_causal", False)))
     return spread_product(weights, value).transpose(1, 2), weights
 
@@ -143,8 +143,8 @@ class GroupedAttention(nn.Module):
     """Attention whose sizes are a record's, not the config's, and that may take parts from an earlier layer.
 
     A layer that reads another's map has no queries and keys and caches only values; one that reads another's keys and
-    values caches nothing. With few new tokens (decoding) the map itself is handed on; for long prompts, where the map is
-    larger than the queries and keys that it comes from, those are, and a fused kernel computes the map again.
+    values caches nothing. With few new tokens (decoding) the map itself is handed on; for long prompts, where the map
+    is larger than the queries and keys that it comes from, those are, and a fused kernel computes the map again.
 
     Args:
         config: configuration of the source architecture (its hidden size and attention implementation).
@@ -198,7 +198,9 @@ class GroupedAttention(nn.Module):
         weights = lent.get("map") if self.edge == "map" else None
         plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
         if plain and self.lends and q.shape[2] * k.shape[2] <= self.cost(q, k):
-            weights = attention_map(q, k[:, self.kv_of] if self.kv_of else k, attention_mask, self.scale, self.is_causal)
+            weights = attention_map(
+                q, k[:, self.kv_of] if self.kv_of else k, attention_mask, self.scale, self.is_causal
+            )
         if self.lends:
             assert shared is not None
             shared[self.layer_idx] = {"q": q, "k": k, "v": v, "map": weights}

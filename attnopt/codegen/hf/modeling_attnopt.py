@@ -1,8 +1,8 @@
 """The `attnopt` model class: a source architecture whose attention was rewritten in some or all layers.
 
 Self-contained on purpose: this file is copied into every emitted directory, for users of `trust_remote_code`, and
-therefore imports nothing of attnopt. Multi-head Latent Attention (MLA) is DeepSeek-V2's (arXiv 2405.04434, section 2.1), without the norm on the
-latent and with one rotary table per layer.
+therefore imports nothing of attnopt. Multi-head Latent Attention (MLA) is DeepSeek-V2's (arXiv 2405.04434, section
+2.1), without the norm on the latent and with one rotary table per layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForImageClassification, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache

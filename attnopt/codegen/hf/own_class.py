@@ -1,4 +1,4 @@
-"""Our own class `attnopt`: what stock classes cannot say (free tables, other sizes per layer, shared and routed heads)."""
+"""Our own class `attnopt`: what stock classes cannot say (free tables, sizes per layer, shared and routed heads)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def source_obstacles(program: Program) -> Iterator[str]:
 def _encoder_class(program: Program) -> str | None:
     """Class of ours that holds an encoder: by the class it was captured from."""
     named = (program.config.get("architectures") or [""])[0]
-    if named.endswith("ForImageClassification") or program.outputs[0] == "logits" and "pixel_values" in program.inputs:
+    classifies = program.outputs[0] == "logits" and "pixel_values" in program.inputs
+    if named.endswith("ForImageClassification") or classifies:
         return "AttnoptForImageClassification"
     return "AttnoptModel" if program.outputs[0] == "last_hidden_state" else None
 
@@ -142,7 +143,9 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     cached = sum(site.cached_numbers_per_token for site in program.site_list)
     architecture = encoder or "AttnoptForCausalLM"
     auto = architecture.replace("Attnopt", "AutoModel", 1).replace("AutoModelModel", "AutoModel")
-    emission = Emission(TARGET, architecture, config.to_diff_dict(), typed(values, dtype), cached, _notes(program, tables))
+    emission = Emission(
+        TARGET, architecture, config.to_diff_dict(), typed(values, dtype), cached, _notes(program, tables)
+    )
     _check(emission, config)
     emission.config.update(
         architectures=[emission.architecture],
@@ -160,7 +163,9 @@ def _notes(program: Program, tables: list[tuple[float, ...]]) -> tuple[str, ...]
         what = "attention map" if shared[0] == "map" else "keys and values"
         notes.append(f"{len(shared)} layers read an earlier layer's {what}")
     if any(site.route is not None for site in program.site_list):
-        notes.append("routed heads are computed and then left out: fewer heads cost less only where a kernel skips them")
+        notes.append(
+            "routed heads are computed and then left out: fewer heads cost less only where a kernel skips them"
+        )
     return tuple(notes)
 
 

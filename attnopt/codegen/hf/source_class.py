@@ -34,7 +34,7 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
     "llama": _SPLIT, "mistral": _SPLIT, "mixtral": _SPLIT, "qwen2": _SPLIT, "qwen3": _SPLIT, "qwen3_moe": _SPLIT,
     "phi3": ("qkv_proj",),
 }  # fmt: skip
-#: Of these, those whose output projection has a bias if `attention_bias` is set; queries, keys and values then have, too.
+#: Of these, those whose output projection has a bias if `attention_bias` is set, as queries, keys and values then have.
 _O_BIAS = ("llama", "qwen3", "qwen3_moe")
 
 
@@ -147,7 +147,9 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     with torch.device("meta"):
         model = cls(config)
     buffers = {name for name, _ in model.named_buffers()}
-    stored = {name: value for name, value in emission.values.items() if name not in buffers or name in model.state_dict()}
+    stored = {
+        name: value for name, value in emission.values.items() if name not in buffers or name in model.state_dict()
+    }
     emission = Emission(emission.target, emission.architecture, emission.config, stored, cached)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     try:

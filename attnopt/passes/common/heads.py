@@ -1,4 +1,4 @@
-"""Facts and weights of a layer with some of its heads, in any order: what removing and reordering heads come down to."""
+"""Facts and weights of a layer with some of its heads, in any order: what removing and moving heads come down to."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ class _Taker:
         tables = tuple(self._table(name, kept) for name in mask.bias)
         mask = replace(mask, bias=tables)
         whole = ids == tuple(range(max(ids) + 1)) and len(ids) == site.heads and not site.head_ids
-        return replace(
-            site, heads=len(kept), o=o, mask=mask, head_ids=() if whole else ids, **changes
-        )  # type: ignore[arg-type]  # field names and types are those of AttentionSite
+        return replace(site, heads=len(kept), o=o, mask=mask, head_ids=() if whole else ids, **changes)  # type: ignore[arg-type]  # field names and types are those of AttentionSite
 
     def _table(self, name: str, kept: list[int]) -> str:
         """A bias table with a column for each head (Swin), with the columns left; other tensors stay as they are."""
@@ -98,9 +96,7 @@ class _Taker:
     def _outputs(self, name: str, projection: Projection | None, outputs: list[int]) -> Projection | None:
         if projection is None:
             return None
-        return self._projection(
-            name, matrix(self.store, projection, outputs), vector(self.store, projection, outputs)
-        )
+        return self._projection(name, matrix(self.store, projection, outputs), vector(self.store, projection, outputs))
 
     def _projection(self, name: str, weight: Value, bias: Value | None) -> Projection:
         return make_projection(self.editor, self.site.fqn, name, weight, bias)
@@ -112,13 +108,9 @@ class _Taker:
 def set_fresh(editor: Editor, fqn: str, name: str, value: Value) -> str:
     """Define a weight of a layer under a name of its own and return that."""
     fresh = editor.fresh_name(f"{fqn}.{name}")
-    while True:
-        try:
-            with editor.at(fqn):
-                editor.set_weight(fresh, value)
-            return fresh
-        except ValueError:  # two passes have changed it before
-            fresh = editor.fresh_name(fresh) if not fresh.startswith("attnopt.") else f"attnopt.{fresh}"
+    with editor.at(fqn):
+        editor.set_weight(fresh, value)
+    return fresh
 
 
 def make_projection(editor: Editor, fqn: str, name: str, weight: Value, bias: Value | None) -> Projection:

@@ -56,7 +56,7 @@ def obstacle(site: AttentionSite) -> str | None:
         return "a linear distance bias is added to its logits"
     if site.latent is not None:
         latent = site.latent
-        if latent.q_a is not None or latent.kv_a_norm is not None or latent.encoder != "hidden" and not latent.q_map:
+        if latent.q_a is not None or latent.kv_a_norm is not None or (latent.encoder != "hidden" and not latent.q_map):
             return "its latent attention was not made by to-mla"
         return None
     for norm, what in ((site.q_norm, "queries"), (site.k_norm, "keys")):
@@ -95,13 +95,24 @@ class _Layer:
         lent = self._operands(self.source) if self.source is not None else None
         q = lent[0] if lent and edge == "map" else self._query()
         k = lent[1] if lent else self._spread(self._key())
-        v = lent[2] if lent and edge == "kv" else self._spread(self._heads(self._source(site.v), site.kv_heads, site.d_v))
+        v = (
+            lent[2]
+            if lent and edge == "kv"
+            else self._spread(self._heads(self._source(site.v), site.kv_heads, site.d_v))
+        )
         old = self.editor.node(self.before.nodes.attention)
         rest = list(lent[3:]) if lent and edge == "map" else self._rest(old)
         if edge == "map":
             assert self.source is not None
             anchor = call(
-                _DIALECT.shared_attention.default, q, k, v, *rest, self.source.layer, site.layer, name="shared_attention"
+                _DIALECT.shared_attention.default,
+                q,
+                k,
+                v,
+                *rest,
+                self.source.layer,
+                site.layer,
+                name="shared_attention",
             )
         elif site.route is not None:
             gates, full = self._gates(site.route, q)
@@ -126,7 +137,20 @@ class _Layer:
         w_uv = self._slice(up, 1, latent.d_nope, latent.d_nope + site.d_v)
         anchor = call(
             _DIALECT.latent_attention.default,
-            *(nope, rotary, compressed, key, w_uk, w_uv, None, site.scale, True, site.mask.window or 0, 0.0, site.layer),
+            *(
+                nope,
+                rotary,
+                compressed,
+                key,
+                w_uk,
+                w_uv,
+                None,
+                site.scale,
+                True,
+                site.mask.window or 0,
+                0.0,
+                site.layer,
+            ),
             name="latent_attention",
         )
         return self._switched(anchor, q)
@@ -249,9 +273,7 @@ class _Layer:
 
     def _heads(self, flat: fx.Node, heads: int, width: int) -> fx.Node:
         call = self.editor.call
-        return call(
-            _ATEN.transpose.int, call(_ATEN.view.default, flat, [self.batch, self.length, heads, width]), 1, 2
-        )
+        return call(_ATEN.transpose.int, call(_ATEN.view.default, flat, [self.batch, self.length, heads, width]), 1, 2)
 
     def _turn(self, x: fx.Node) -> fx.Node:
         rope = self.site.rope
@@ -261,9 +283,7 @@ class _Layer:
         # Latent queries hold the rotary dims last, and only those come here.
         offset = 0 if self.site.latent is not None else rope.offset
         positions = self.editor.node("position_ids")
-        return self.editor.call(
-            _DIALECT.rope.default, x, positions, table, rope.style, offset, rope.attention_scaling
-        )
+        return self.editor.call(_DIALECT.rope.default, x, positions, table, rope.style, offset, rope.attention_scaling)
 
     def _source(self, projection: Projection | None) -> fx.Node:
         assert projection is not None
@@ -300,7 +320,8 @@ def _between(node: fx.Node, names: set[str]) -> list[fx.Node]:
     def reaches(current: fx.Node) -> bool:
         if current not in memo:
             own = current.op == "get_attr" and str(current.target) in names
-            memo[current] = any([reaches(source) for source in current.all_input_nodes]) or own
+            found = [reaches(source) for source in current.all_input_nodes]  # all of them: each may be on the way
+            memo[current] = own or any(found)
             if memo[current]:
                 order.append(current)
         return memo[current]

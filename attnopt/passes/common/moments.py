@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attnopt.errors import OptionError
 from attnopt.passes.common.reading import output_nodes
-from attnopt.passes.mla.statistics import token_weights
 from attnopt.passes.mla.stream import Stream
 from attnopt.progress import bar
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.precision import exact_products, quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -54,7 +54,10 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
         raise OptionError(f"{why} needs calibration text", "give text with --calib, or --calib self")
     runner = LayerRunner(program, context.dtype, context.device)
     stream = Stream(runner, context.calibration.windows, context.calibration.windows[:0], context.dtype)
-    with bar(context.reporter, "measuring heads", len(runner.layers), "layers") as handle:
+    with (
+        quick_products(context.device),
+        bar(context.reporter, "measuring heads", len(runner.layers), "layers") as handle,
+    ):
         for segment in runner.layers:
             site = segment.site
             assert site is not None
@@ -67,9 +70,11 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
                     env = stream.env(batch)
                     found = loaded.evaluate_all(env, [nodes.context, site.nodes.output])
                     z, y = found[nodes.context].flatten(0, -2), found[site.nodes.output]
-                    weights = token_weights(env.hidden + y) if nodes.added and y.shape == env.hidden.shape else None
-                    each = z.new_ones(len(z), 1) if weights is None else weights.flatten()[:, None].to(z.dtype)
-                    gram += ((z * each).T @ z).double()
+                    each = z.new_full((len(z), 1), batch.count)
+                    if nodes.added and y.shape == env.hidden.shape:
+                        each = stream.weights(batch, y).flatten()[:, None].to(z.dtype)
+                    with exact_products():
+                        gram += ((z * each).T @ z).double()
                     total += (z * each).sum(0).double()
                     count += float(each.sum())
                     stream.advance(batch, loaded, y)

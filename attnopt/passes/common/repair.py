@@ -17,12 +17,12 @@ from torch import Tensor
 from attnopt.passes.common.reading import OutputNodes, output_nodes
 from attnopt.passes.common.refit import Example, refit
 from attnopt.passes.common.ridge import OutputFit
-from attnopt.passes.mla.statistics import token_weights
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.precision import exact_products, quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 from attnopt.rewriter.weights import Value, evaluate
@@ -79,7 +79,8 @@ def repair(before: Program, after: Program, changed: set[str], settings: Setting
         settings: how.
         context: calibration text, device, progress, and where finished layers are kept.
     """
-    return _Repair(before, after, changed, settings, context).run()
+    with quick_products(context.device):
+        return _Repair(before, after, changed, settings, context).run()
 
 
 class _Repair:
@@ -164,7 +165,8 @@ class _LayerRepair:
         for place, batch in enumerate(self.student.batches):
             z, target, weight = self._features(batch), *self._target(place)
             if not batch.held_out:
-                fit.add(z, target, weight)
+                with exact_products():
+                    fit.add(z, target, weight)
             kept.append(z)
             targets.append(target)
             importance.append(weight)
@@ -211,18 +213,19 @@ class _LayerRepair:
 
     def _target(self, place: int) -> tuple[Tensor, Tensor]:
         """(what the layer should give for a batch, weights of its tokens)."""
-        env, reference = self.student.env(self.student.batches[place]), self.teacher.env(self.teacher.batches[place])
+        batch, ahead = self.student.batches[place], self.teacher.batches[place]
+        env, reference = self.student.env(batch), self.teacher.env(ahead)
         theirs = self.old.evaluate(reference, self.old_output)
         self.teacher_outputs.append(theirs)
         beside = reference.with_hidden(env.hidden)
         if not self.nodes.added or theirs.shape != env.hidden.shape:
             own = self.old.evaluate(beside, self.old_output)
-            return own, own.new_ones(own.shape[:-1])
+            return own, torch.full_like(own[..., 0], batch.count)
         follow = self.job.settings.follow
         target = back = reference.hidden + theirs - env.hidden
         if follow < 1:
             target = follow * back + (1 - follow) * self.old.evaluate(beside, self.old_output)
-        return target, token_weights(reference.hidden + theirs)
+        return target, self.teacher.weights(ahead, theirs)
 
     def _refit(
         self, found: Mapping[str, Tensor], targets: list[Tensor], importance: list[Tensor], record: dict[str, Any]

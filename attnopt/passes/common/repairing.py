@@ -15,7 +15,7 @@ class Repairing(Pass):
 
     fill: Literal["lsq", "lsq-nobias", "mean", "none"] = option(
         "lsq",
-        help="what makes up for the loss: least squares of the output projection, the same without a bias, means, or none",
+        help="what makes up for the loss: least squares of the output projection (with a bias or not), means, or none",
     )
     recover: Literal["none", "refit"] = option(
         "none", help="fit the changed layers to their source on the calibration text"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 import torch
@@ -71,5 +70,3 @@ def transform(
     return PassResult(
         after, tuple(fqn for fqn in after.sites if fqn in changed), tuple(misses), dict(summary or {}), layers
     )
-
-

@@ -32,7 +32,9 @@ class Dimap(Pass):
     section: ClassVar[str] = "weights"
     needs_text: ClassVar[bool] = False
 
-    sparsity: float = option(0.5, help="fraction of the weights (or heads and channels) to remove", minimum=0, maximum=0.99)
+    sparsity: float = option(
+        0.5, help="fraction of the weights (or heads and channels) to remove", minimum=0, maximum=0.99
+    )
     qkv: float | None = option(None, help="another fraction for queries, keys and values", minimum=0, maximum=0.99)
     prj: float | None = option(None, help="another fraction for output projections", minimum=0, maximum=0.99)
     mlp: float | None = option(None, help="another fraction for MLPs", minimum=0, maximum=0.99)
@@ -80,7 +82,9 @@ class Dimap(Pass):
             if "keep" in section or "heads" in section or "channels" in section:
                 self._check_section(program, fqn, section)
             elif dict(section) != dict(own):
-                raise OptionError(f"the plan's weights of {fqn} differ from the options of dimap", "change the pipeline")
+                raise OptionError(
+                    f"the plan's weights of {fqn} differ from the options of dimap", "change the pipeline"
+                )
             edits.append(SitePlan(fqn, dict(section), (program.sites[fqn].cached_numbers_per_token,) * 2))
         return replace(open_plan, edits=tuple(edits))
 
@@ -207,7 +211,7 @@ class Dimap(Pass):
             good = set(section) <= {"kind", "heads", "channels"} and heads and set(heads) <= set(site.original_heads)
             for name, kept in section.get("channels", {}).items():
                 good = good and name in widths and bool(kept) and kept == sorted(set(kept))
-                good = good and 0 <= kept[0] and kept[-1] < widths[name]
+                good = good and kept[0] >= 0 and kept[-1] < widths[name]
         else:
             names = {n for one in ranked_layers(program, self.granularity) if one.site == fqn for n in one.weights}
             good = set(section) == {"kind", "keep"} and set(section["keep"]) <= names
@@ -215,7 +219,9 @@ class Dimap(Pass):
                 parts = program.weights.meta(name).numel // len(counts)
                 good = good and all(type(c) is int and 0 <= c <= parts for c in counts)
         if not good:
-            raise OptionError(f"the plan's weights of {fqn} do not fit that layer", "take numbers that --dry-run prints")
+            raise OptionError(
+                f"the plan's weights of {fqn} do not fit that layer", "take numbers that --dry-run prints"
+            )
 
 
 def _whole(mlps: Sequence[Mlp]) -> list[Mlp]:

@@ -37,8 +37,8 @@ def scores(flat: Tensor) -> Tensor:
 def kept_counts(layers: Sequence[Callable[[], Tensor]], keep: int) -> list[int]:
     """How many entries of each layer are among the `keep` highest scores of all.
 
-    Layers are read one at a time, twice: once to find the bin of scores that the threshold lies in, once to sort what is
-    in that bin. Equal scores go to the earlier layer, then to the lower index.
+    Layers are read one at a time, twice: once to find the bin of scores that the threshold lies in, once to sort what
+    is in that bin. Equal scores go to the earlier layer, then to the lower index.
 
     Args:
         layers: give the entries of each layer.

@@ -134,7 +134,7 @@ def find_mlps(program: Program) -> list[Mlp]:
 
 
 def _between(out: LinearMap, maps: dict[fx.Node, LinearMap]) -> tuple[list[fx.Node], tuple[fx.Node, ...]] | None:
-    """(linear maps, nodes) that the operand of a map is computed from by pointwise arithmetic; None if by anything else."""
+    """(linear maps, nodes) that a map's operand is computed from by pointwise arithmetic; None if by anything else."""
     start = out.node.args[1] if out.node.target is _ATEN.addmm.default else out.node.args[0]
     if out.node.target is _ATEN.add.Tensor:  # a bias added after the product
         start = out.x

@@ -79,7 +79,9 @@ class MixtureOfHeads(Repairing):
             site = program.sites[fqn]
             reason = self._obstacle(site)
             if reason:
-                raise OptionError(f"the plan routes the heads of {fqn}, but {reason}", "leave that layer out of the plan")
+                raise OptionError(
+                    f"the plan routes the heads of {fqn}, but {reason}", "leave that layer out of the plan"
+                )
             self._check_section(site, section)
             edits.append(SitePlan(fqn, dict(section), (site.cached_numbers_per_token,) * 2))
         return Plan(tuple(edits), self._misses(program))
@@ -157,7 +159,9 @@ class MixtureOfHeads(Repairing):
         if route.router == "linear":
             assert router is not None
             weight = set_fresh(editor, site.fqn, "router.weight", Inline(router.weight.cpu()))
-            route = replace(route, weight=weight, bias=set_fresh(editor, site.fqn, "router.bias", Inline(router.bias.cpu())))
+            route = replace(
+                route, weight=weight, bias=set_fresh(editor, site.fqn, "router.bias", Inline(router.bias.cpu()))
+            )
         return replace(site, route=route)
 
     def _obstacle(self, site: AttentionSite) -> str | None:
@@ -244,5 +248,3 @@ def _record(site: AttentionSite, router: Router | None) -> dict[str, Any]:
     if router is not None:
         record["agreement"] = router.agreement if site.route.router == "linear" else router.agreement_qnorm
     return record
-
-

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from attnopt.passes.common.reading import output_nodes
-from attnopt.passes.mla.statistics import token_weights
 from attnopt.passes.mla.stream import Stream
 from attnopt.progress import bar
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.precision import exact_products, quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -57,7 +57,10 @@ def fit_routers(
     text = context.calibration.windows
     stream = Stream(runner, text, text[:0], context.dtype)
     found = {}
-    with bar(context.reporter, "fitting routers", len(runner.layers), "layers") as handle:
+    with (
+        quick_products(context.device),
+        bar(context.reporter, "fitting routers", len(runner.layers), "layers") as handle,
+    ):
         for segment in runner.layers:
             site = segment.site
             assert site is not None
@@ -88,7 +91,7 @@ def _fit(
         inputs.append(x.flatten(0, -2))
         contexts.append(z.flatten(0, -2))
         same = nodes.added and y.shape == env.hidden.shape
-        weights.append(token_weights(env.hidden + y).flatten() if same else x.new_ones(inputs[-1].shape[0]))
+        weights.append(stream.weights(batch, y).flatten() if same else x.new_full((len(inputs[-1]),), batch.count))
         norms.append(q.pow(2).sum(-1).transpose(1, 2).flatten(0, 1))  # [tokens, H]
     x, z, weight = torch.cat(inputs), torch.cat(contexts), torch.cat(weights)
     matrix = loaded.weight(site.o.weight)
@@ -102,7 +105,8 @@ def _fit(
         loss.append(((moved @ (rows @ rows.T)) * moved).sum(-1).clamp(min=1e-20))
         fill.append(mean[list(unit)].flatten() @ rows)
     true = torch.stack(loss, -1)
-    router, offset = _ridge(x, true.log() / 2, weight)
+    with exact_products():
+        router, offset = _ridge(x, true.log() / 2, weight)
     norm = torch.stack([torch.cat(norms)[:, list(unit)].sum(-1) for unit in units], -1)
     scores = x @ router.T.to(x.dtype) + offset.to(x.dtype)
     return Router(

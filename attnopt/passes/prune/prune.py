@@ -58,7 +58,9 @@ class Prune(Repairing):
         reasons = {site.fqn: self._obstacle(program, site) for site in program.site_list}
         if all(reasons.values()):
             distinct = dict.fromkeys(reason for reason in reasons.values() if reason)
-            raise UnsupportedError("no heads can be removed: " + "; ".join(distinct), "attnopt inspect shows the layers")
+            raise UnsupportedError(
+                "no heads can be removed: " + "; ".join(distinct), "attnopt inspect shows the layers"
+            )
 
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """How many heads each layer keeps; which ones is decided by measuring, or from the profile."""
@@ -139,7 +141,10 @@ class Prune(Repairing):
         broken = []
         for fqn, site in after.sites.items():
             old = before.sites[fqn]
-            if site.heads < old.heads and after.weights.meta(site.o.weight).numel >= before.weights.meta(old.o.weight).numel:
+            if (
+                site.heads < old.heads
+                and after.weights.meta(site.o.weight).numel >= before.weights.meta(old.o.weight).numel
+            ):
                 broken.append(f"{fqn} has fewer heads but as many weights")
         return broken
 

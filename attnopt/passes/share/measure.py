@@ -11,13 +11,13 @@ from torch import Tensor
 
 from attnopt.passes.common.reading import output_nodes
 from attnopt.passes.common.ridge import OutputFit
-from attnopt.passes.mla.statistics import token_weights
 from attnopt.passes.mla.stream import Stream
 from attnopt.passes.share.align import align_heads, attention_rows, consumer_order, row_correlation
 from attnopt.progress import bar
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.ops.attention import attention_reference
 from attnopt.rewriter.passes import PassContext
+from attnopt.rewriter.precision import exact_products, quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -76,7 +76,10 @@ def measure_edges(
     last_use = {i: j for j, sources in sorted(wanted.items()) for i in sources}
     kept: dict[int, _Kept] = {}
     found: list[Edge] = []
-    with bar(context.reporter, "measuring edges", len(runner.layers), "layers") as handle:
+    with (
+        quick_products(context.device),
+        bar(context.reporter, "measuring edges", len(runner.layers), "layers") as handle,
+    ):
         for segment in runner.layers:
             site = segment.site
             assert site is not None
@@ -119,9 +122,10 @@ class _Consumer:
         for batch in stream.batches:
             env = stream.env(batch)
             y = loaded.evaluate(env, self.site.nodes.output)
-            after = env.hidden + y if nodes.added and y.shape == env.hidden.shape else y
+            added = nodes.added and y.shape == env.hidden.shape
+            after = env.hidden + y if added else y
             self.outputs.append(y)
-            self.importance.append(token_weights(after) if after is not y else y.new_ones(y.shape[:-1]))
+            self.importance.append(stream.weights(batch, y) if added else torch.full_like(y[..., 0], batch.count))
             self.sizes.append(float((self.importance[-1][..., None] * after.float() ** 2).sum()))
 
     def measure(self, source: _Kept, edge: EdgeKind, align: bool) -> Edge:
@@ -132,10 +136,16 @@ class _Consumer:
         order = consumer_order(heads)
         channels = [h * self.site.d_v + i for h in order for i in range(self.site.d_v)]
         fit = OutputFit(self.weight[channels], self.bias)
-        for mine, theirs, y, each in zip(self.own.operands, source.operands, self.outputs, self.importance, strict=True):
-            fit.add(self._context(mine, theirs, order, edge).flatten(-2), y, each)
+        for mine, theirs, y, each in zip(
+            self.own.operands, source.operands, self.outputs, self.importance, strict=True
+        ):
+            context = self._context(mine, theirs, order, edge).flatten(-2)
+            with exact_products():
+                fit.add(context, y, each)
         repaired = fit.error(*fit.solve())
-        size = sum(float((w[..., None] * y.float() ** 2).sum()) for w, y in zip(self.importance, self.outputs, strict=True))
+        size = sum(
+            float((w[..., None] * y.float() ** 2).sum()) for w, y in zip(self.importance, self.outputs, strict=True)
+        )
         cost = repaired * size / max(sum(self.sizes), 1e-300)
         return Edge(source.site.layer, self.site.layer, tuple(heads), fit.error_before, repaired, cost)
 
@@ -170,6 +180,7 @@ class _Consumer:
         size = heads // groups
         cost = torch.zeros(groups, groups, dtype=torch.float64)
         blocks = self.weight.unflatten(0, (heads, self.site.d_v))
+        # The first batch is one of whole windows.
         for mine, theirs in list(zip(self.own.operands, source.operands, strict=True))[:1]:
             own = attention_reference(**mine, layer=self.site.layer)
             for other in range(groups):

@@ -136,8 +136,12 @@ class Share(Repairing):
             closed.append(self._edit(program, one.consumer, one.source, ids))
         notes = list(plan.notes)
         if len(chosen) < self._count(program) and self.layers == "auto":
-            notes.append(f"only {len(chosen)} layers read another's: the rest would exceed max-error={self.max_error:g}")
-        notes += [f"layer {e.consumer} reads {e.source}: error {e.error:.3f}, repaired {e.repaired:.3f}" for e in chosen]
+            notes.append(
+                f"only {len(chosen)} layers read another's: the rest would exceed max-error={self.max_error:g}"
+            )
+        notes += [
+            f"layer {e.consumer} reads {e.source}: error {e.error:.3f}, repaired {e.repaired:.3f}" for e in chosen
+        ]
         return replace(plan, edits=tuple(closed), notes=tuple(notes))
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
