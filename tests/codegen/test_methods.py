@@ -40,7 +40,7 @@ CASES = [
     ("llama", "moh{active=0.5 router=qnorm unit=kv-group}", "attnopt"),
     ("mixtral", "moh{active=0.5}", "attnopt"),
     ("llama", "dimap", "llama"),
-    ("llama", "dimap{structured=true}", "attnopt"),
+    ("llama", "dimap{structured=true sparsity=0.3}", "attnopt"),
     ("llama", "share{fraction=0.5},prune{keep-heads=0.5},moh{active=0.5},dimap", "attnopt"),
     ("llama", "share{fraction=0.25},to-mla{kv-keep=0.75}", "attnopt"),
     ("llama", "to-mla{kv-keep=0.75},prune{keep-heads=0.5},moh{active=0.5}", "attnopt"),

@@ -76,7 +76,7 @@ def test_plans_of_another_model_or_pipeline_are_refused(
 
 @pytest.mark.parametrize(
     ("pipeline", "rule"),
-    [("to-mla,share", "no map or keys and values"), ("moh,prune", "routers are made"), ("moh,share", "leaves out heads"),
+    [("to-mla,share", "no map or keys"), ("moh,prune", "routers are made"), ("moh,share", "leaves out heads"),
      ("dimap,prune", "fill its zeros"), ("dimap,moh", "fill its zeros"), ("moh,to-mla", "routers score"),
      ("dimap,to-mla", "fill its zeros"), ("dimap,share", "fill its zeros")],
 )  # fmt: skip

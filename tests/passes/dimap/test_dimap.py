@@ -31,7 +31,9 @@ def module_names(program: Program) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("family", ["swin", "vit", "bert", "llama", "phi3", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["swin", "vit", "bert", "llama", "phi3", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3"]
+)
 def test_modules_lose_exactly_the_share_asked_for(family: str) -> None:
     _, program = models.captured(family)
     result = apply(program, "dimap{sparsity=0.5 mlp=0.25}", NO_DATA)
@@ -76,7 +78,9 @@ def test_fused_and_split_storage_lose_the_same_weights() -> None:
     layer = "model.layers.0.self_attn"
     values = {}
     for i in (0, 1):
-        parts = [split.weights.get(f"model.layers.{i}.self_attn.{n}_proj.weight")[: 32 if n == "q" else 16] for n in "qkv"]
+        parts = [
+            split.weights.get(f"model.layers.{i}.self_attn.{n}_proj.weight")[: 32 if n == "q" else 16] for n in "qkv"
+        ]
         values[f"model.layers.{i}.self_attn.qkv_proj.weight"] = torch.cat(parts)
     gqa = program_of("llama", 2, 4, 2)
     same = {}

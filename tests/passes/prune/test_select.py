@@ -89,7 +89,9 @@ def test_a_dead_head_goes_first_and_costs_nothing() -> None:
     z, weight = sample(0)
     weight[channels([2])] = 0
     for fill in ("none", "mean", "lsq"):
-        order = removal_order([Elimination(moments(z, weight), fill)], [WIDTH], [(h,) for h in range(HEADS)], [0] * HEADS)
+        order = removal_order(
+            [Elimination(moments(z, weight), fill)], [WIDTH], [(h,) for h in range(HEADS)], [0] * HEADS
+        )
         assert order.removed[0] == 2
         assert order.costs[0] == pytest.approx(0, abs=1e-9)
         assert len(order.removed) == HEADS - 1
@@ -108,9 +110,7 @@ def test_a_constant_head_costs_nothing_with_means_and_a_dependent_one_with_least
 
 def test_classes_stay_even() -> None:
     z, weight = sample(2)
-    order = removal_order(
-        [Elimination(moments(z, weight), "mean")], [WIDTH], [(h,) for h in range(4)], [0, 0, 1, 1]
-    )
+    order = removal_order([Elimination(moments(z, weight), "mean")], [WIDTH], [(h,) for h in range(4)], [0, 0, 1, 1])
     assert sorted(unit // 2 for unit in order.removed) == [0, 1]
     scored = order_of_scores(torch.tensor([4.0, 3.0, 2.0, 1.0]), [(h,) for h in range(4)], [0, 0, 1, 1])
     assert set(scored.removed) == {1, 3}

@@ -52,7 +52,7 @@ def test_unaligned_heads_do_not_share() -> None:
 
 def test_equal_keys_and_values_share_exactly() -> None:
     program = planted()
-    values = {f"model.layers.2.self_attn.v_proj.weight": program.weights.get("model.layers.1.self_attn.v_proj.weight")}
+    values = {"model.layers.2.self_attn.v_proj.weight": program.weights.get("model.layers.1.self_attn.v_proj.weight")}
     program = with_weights(program, values)
     result = apply(program, "share{layers=2 edge=kv reach=1 fill=none}")
     assert change(program, result.program) < 1e-5
