@@ -107,7 +107,7 @@ def preview(
     given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
     plans = pipeline.plan(program, given, profiles)
     if options.measure:
-        plans = _measured(source, program, pipeline, calibration, options, reporter, given, profiles)
+        plans = _measured(source, program, pipeline, calibration, options, reporter, given, profiles, plans)
     after = program.cached_numbers_per_token
     for _, plan in plans:
         after += sum(edit.cached_numbers_per_token[1] - edit.cached_numbers_per_token[0] for edit in plan.edits)
@@ -143,6 +143,7 @@ def _measured(
     reporter: Reporter,
     given: Given | None,
     profiles: Mapping[str, Any],
+    plans: Sequence[tuple[Pass, Plan]],
 ) -> list[tuple[Pass, Plan]]:
     """The plans of passes that were run, with every choice made; what they made is dropped."""
     from attnopt.profiles.calibration import self_sampled
@@ -151,7 +152,7 @@ def _measured(
     device, text = resolve_device(options.device), None
     if calibration.files:
         text = _from_files(source, calibration)
-    elif _needs_text(pipeline):
+    elif _needs_text(plans):
         text = self_sampled(
             source, calibration.tokens, calibration.context, calibration.seed, device=str(device), reporter=reporter
         )
@@ -160,9 +161,9 @@ def _measured(
     return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
 
 
-def _needs_text(pipeline: Pipeline) -> bool:
-    """Whether a pass of the pipeline reads calibration text."""
-    return any(item.needs_text for item in pipeline.passes)
+def _needs_text(plans: Sequence[tuple[Pass, Plan]]) -> bool:
+    """Whether carrying out the plans reads calibration text."""
+    return any(item.wants_text(plan) for item, plan in plans)
 
 
 def _given(source: ModelSource, program: Program, pipeline: Pipeline, options: RunOptions) -> Given | None:
@@ -283,7 +284,6 @@ def convert_model(
     source = open_model(model, options.trust_remote_code, reporter)
     clock.lap("open")
     text = _from_files(source, calibration) if calibration.files else None
-    needed = _needs_text(pipeline)
     settings = {
         "calibration": _describe(calibration, text),
         "emit": options.emit,
@@ -299,9 +299,10 @@ def convert_model(
         latent = any("mla" in item.provides for item in pipeline.passes)
         check_source(program, options.emit, latent or any(site.latent is not None for site in program.site_list))
         given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
-        _refuse_beyond_budget(program, pipeline.plan(program, given, profiles), calibration, options)
+        plans = pipeline.plan(program, given, profiles)
+        _refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        if text is None and needed:
+        if text is None and _needs_text(plans):
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
         clock.lap("calibration text")

@@ -171,11 +171,9 @@ class Pass(Item):
         may_change_nothing: True if changing no attention layer is a legal outcome.
         bound: largest relative change of the output the pass may cause (see `NumericCheck`); None if it is lossy.
         section: where a plan file keeps what the pass intends for a layer.
-        needs_text: False if it never reads calibration text.
     """
 
     section: ClassVar[str] = ""
-    needs_text: ClassVar[bool] = True
     preserves: ClassVar[tuple[str, ...]] = ()
     may_change_nothing: ClassVar[bool] = False
     bound: ClassVar[float | None] = None
@@ -190,6 +188,10 @@ class Pass(Item):
     @abstractmethod
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """What would be done: pure and cheap, without reading weights. `profiles` may be empty (`--dry-run`)."""
+
+    def wants_text(self, plan: Plan) -> bool:
+        """Whether carrying out a plan reads calibration text."""
+        return True
 
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """The plan that a plan file spells out: only the layers it names, as it says.

@@ -158,10 +158,17 @@ class Pipeline:
             UnsupportedError: if a pass cannot work on it.
             OptionError: if what the plan file says is not legal.
         """
-        plans = []
+        plans: list[tuple[Pass, Plan]] = []
         for item in self.passes:
             item.check(program)
-            plans.append((item, _plan_of(item, program, given, profiles or {})))
+            if given is not None and plans:
+                # What the file says for later passes is about a program that is not there yet: checked when it is.
+                later = given.get(item.section, {})
+                cached = {fqn: (program.sites[fqn].cached_numbers_per_token,) * 2 for fqn in later}
+                edits = tuple(SitePlan(fqn, edit, cached[fqn]) for fqn, edit in later.items())
+                plans.append((item, Plan(edits)))
+            else:
+                plans.append((item, _plan_of(item, program, given, profiles or {})))
         return plans
 
     def run(

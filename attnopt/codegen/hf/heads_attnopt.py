@@ -90,7 +90,7 @@ def eager_attention(
 def attention_map(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor:
-    """Softmax weights [B, H, S, T] of q [B, H, S, d] and k [B, K, T, d]; softmax in float32.
+    """Softmax weights [B, H, S, T] of q [B, H, S, d] and k [B, K, T, d]; softmax in float32 at least.
 
     No mask means causal, if `causal`: the queries are then the last of the keys' tokens.
     """
@@ -105,7 +105,7 @@ def attention_map(
         mask = mask[..., :total]
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
 
 
 def spread_product(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,21 @@ class Moments:
         return self.gram - torch.outer(self.mean, self.mean)
 
 
+def check_text(program: Program, context: PassContext, why: str) -> None:
+    """Refuse to go on without text, or with a program that does not read text.
+
+    Raises:
+        OptionError: there is no calibration text, or the model reads images.
+    """
+    if "input_ids" not in program.inputs:
+        raise OptionError(
+            f"{why} needs calibration text, and this model reads {', '.join(program.inputs)}",
+            "dimap needs no data; the other methods take a plan and fill=none",
+        )
+    if context.calibration is None:
+        raise OptionError(f"{why} needs calibration text", "give text with --calib, or --calib self")
+
+
 def measure_moments(program: Program, context: PassContext, why: str) -> Iterator[tuple[AttentionSite, Moments]]:
     """The moments of every layer of a program, in order.
 
@@ -50,8 +65,7 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
     Raises:
         OptionError: there is no calibration text.
     """
-    if context.calibration is None:
-        raise OptionError(f"{why} needs calibration text", "give text with --calib, or --calib self")
+    check_text(program, context, why)
     runner = LayerRunner(program, context.dtype, context.device)
     stream = Stream(runner, context.calibration.windows, context.calibration.windows[:0], context.dtype)
     with (

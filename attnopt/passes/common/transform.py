@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from attnopt.errors import OptionError
 from attnopt.passes.common.heads import with_output_bias
 from attnopt.passes.common.lower import lower
+from attnopt.passes.common.moments import check_text
 from attnopt.passes.common.repair import Settings, put, repair
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.passes import PassContext, PassResult
@@ -52,11 +52,7 @@ def transform(
     changed = set(editor.changed_sites)
     found: dict[str, dict[str, Any]] = {fqn: {"site": fqn, **(records or {}).get(fqn, {})} for fqn in facts}
     if not settings.idle:
-        if context.calibration is None:
-            raise OptionError(
-                f"{by.split('{')[0]} repairs what it changes and needs calibration text",
-                "give text with --calib, --calib self, or fill=none",
-            )
+        check_text(program, context, f"the repair of {by.split('{')[0]}")
         with torch.no_grad():
             repaired = repair(program, after, set(facts), settings, context)
         second = Editor(after, by)

@@ -30,7 +30,6 @@ class Dimap(Pass):
 
     name: ClassVar[str] = "dimap"
     section: ClassVar[str] = "weights"
-    needs_text: ClassVar[bool] = False
 
     sparsity: float = option(
         0.5, help="fraction of the weights (or heads and channels) to remove", minimum=0, maximum=0.99
@@ -66,6 +65,10 @@ class Dimap(Pass):
         if not self.structured:
             notes = (*notes, "zeros keep shapes, speed and memory as they are; --structured removes heads and channels")
         return Plan(edits, self._misses(program), notes)
+
+    def wants_text(self, plan: Plan) -> bool:
+        """Never: thresholds depend on the weights alone."""
+        return False
 
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """What the file says layers keep: entries of each matrix, or heads and channels.

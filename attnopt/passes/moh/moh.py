@@ -11,7 +11,7 @@ import torch
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.common.heads import set_fresh, take_heads
 from attnopt.passes.common.lower import obstacle
-from attnopt.passes.common.moments import Moments, measure_moments
+from attnopt.passes.common.moments import Moments, check_text, measure_moments
 from attnopt.passes.common.profile import head_scores
 from attnopt.passes.common.repairing import Repairing
 from attnopt.passes.common.transform import transform
@@ -68,6 +68,12 @@ class MixtureOfHeads(Repairing):
         notes = ["idle heads save compute, not cache: keys and values of every token are kept"]
         return Plan(tuple(edits), self._misses(program), tuple(notes))
 
+    def wants_text(self, plan: Plan) -> bool:
+        """For the repair, the routers, and for choosing the shared heads by what they contribute."""
+        chosen = all("shared" in edit.edit for edit in plan.edits)
+        fitted = not self.settings.idle or self.router == "linear"
+        return fitted or (not chosen and self.importance == MEASURED)
+
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """Layers are routed as the file says: shared heads by their numbers in the original model, k units active.
 
@@ -115,8 +121,8 @@ class MixtureOfHeads(Repairing):
         Raises:
             OptionError: calibration text is needed and was not given.
         """
-        if context.calibration is None and (self.router == "linear" or self.fill != "none"):
-            raise OptionError("moh fits its routers on calibration text", "give text with --calib, or --calib self")
+        if self.router == "linear" or self.fill != "none":
+            check_text(program, context, "fitting routers")
         editor = Editor(program, self.to_text())
         facts = {}
         for edit in plan.edits:

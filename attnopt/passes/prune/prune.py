@@ -73,6 +73,11 @@ class Prune(Repairing):
         plan = Plan(tuple(edits), self._misses(program), self._notes(sites))
         return self._decided(program, plan, self._scored(program, profiles)) if self._from_profile(profiles) else plan
 
+    def wants_text(self, plan: Plan) -> bool:
+        """For the repair, and for choosing heads by their measured error."""
+        chosen = all("keep" in edit.edit for edit in plan.edits)
+        return not self.settings.idle or (not chosen and self.importance == MEASURED)
+
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """Layers keep the heads that the file lists, by their numbers in the original model.
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.common.heads import take_heads
 from attnopt.passes.common.lower import obstacle
+from attnopt.passes.common.moments import check_text
 from attnopt.passes.common.profile import sharing_groups
 from attnopt.passes.common.repairing import Repairing
 from attnopt.passes.common.transform import transform
@@ -76,9 +77,14 @@ class Share(Repairing):
             if source is not None:
                 edits.append(self._edit(program, consumer, source, None))
             else:
-                names = [program.site_list[i].fqn for i in self._candidates(program)[consumer]]
+                names = [program.site_list[i].fqn for i in self._all_sources(program, consumer)]
                 edits.append(SitePlan(program.site_list[consumer].fqn, {"among": names}, (0, 0)))
         return Plan(tuple(edits), (), tuple(notes))
+
+    def wants_text(self, plan: Plan) -> bool:
+        """For the repair, and for measuring edges."""
+        chosen = bool(plan.edits) and all("head_map" in edit.edit for edit in plan.edits)
+        return not self.settings.idle or not chosen
 
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """The edges that a file lists.
@@ -114,8 +120,7 @@ class Share(Repairing):
         """Choose edges and the order of heads by their measured error."""
         if plan.edits and all("head_map" in edit.edit for edit in plan.edits):
             return plan
-        if context.calibration is None:
-            raise OptionError("share measures edges on calibration text", "give text with --calib, or --calib self")
+        check_text(program, context, "measuring edges")
         if plan.edits:
             edges = measure_edges(program, self._wanted(program, plan), self.edge, self.align, context, WINDOWS)
             chosen = _best_each(edges, self.source, set())
