@@ -161,8 +161,9 @@ class GroupedAttention(nn.Module):
         self.kv_of = list(spec["kv_of"])
         self.is_causal, self.window = spec["causal"], spec["window"]
         self.num_key_value_groups = 1 if self.kv_of else self.heads // self.kv_heads
-        share = spec["share"]
-        self.edge, self.source = (share["edge"], share["source"]) if share else (None, None)
+        share = spec["share"] or {}
+        self.edge: str | None = share.get("edge")
+        self.source: int | None = share.get("source")
         width = spec["width"]
         if self.edge != "map":
             self.q_proj = nn.Linear(width, self.heads * self.d_qk, bias=spec["q_bias"])

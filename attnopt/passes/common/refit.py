@@ -101,7 +101,7 @@ def refit(
             out = example.output(trained)
             loss = (example.weights[..., None].to(out.dtype) * (out - example.target) ** 2).sum() / scale
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
         optimizer.step()
         if step + 1 in look:
