@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,11 +92,11 @@ class Editor:
         finally:
             self._place = outer
 
-    def call(self, target: torch._ops.OpOverload, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
         """Insert a call of an ATen or dialect op.
 
         Args:
-            target: the op, e.g. `torch.ops.aten.linear.default`.
+            target: the op, e.g. `torch.ops.aten.linear.default`, or `operator.getitem`.
             args, kwargs: its arguments; nodes stand for values.
             name: what to call the node; made unique.
 

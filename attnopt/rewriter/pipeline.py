@@ -258,8 +258,8 @@ def _decided(item: Pass, program: Program, plan: Plan, context: PassContext) -> 
         return replace(plan, edits=edits)
     decided = item.decide(program, plan, context)
     if decided is not plan:
-        edits = [{"site": e.site, "edit": plain(e.edit), "cached": e.cached_numbers_per_token} for e in decided.edits]
-        context.workdir.save(PLAN_STEP, {}, {"edits": edits})
+        made = [{"site": e.site, "edit": plain(e.edit), "cached": e.cached_numbers_per_token} for e in decided.edits]
+        context.workdir.save(PLAN_STEP, {}, {"edits": made})
     return decided
 
 

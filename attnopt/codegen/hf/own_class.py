@@ -129,9 +129,9 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
             tensors = {n: v for n, v in tensors.items() if meta_of(v).dtype.is_floating_point}
             records.append(None)
         values |= {f"{prefix}{site.fqn}.{name}": value for name, value in tensors.items()}
-    for record in records:
-        if record and record.get("instead_of"):
-            gone = f"{prefix}{record['instead_of']}."
+    for beside in [one["instead_of"] for one in records if one and one.get("instead_of")]:
+        if beside:
+            gone = f"{prefix}{beside}."
             values = {name: value for name, value in values.items() if not name.startswith(gone)}
     paths = [site.fqn if encoder else site.fqn.removeprefix("model.") for site in program.site_list]
     if encoder is None:
@@ -259,7 +259,7 @@ def _config(
         text_config={**text, "model_type": program.model_type, "tie_word_embeddings": is_tied(program)},
         layers=records,
         rope_tables=[list(table) for table in tables],
-        **({} if paths is None else {"paths": paths}),
-        **({"resized": resized} if resized else {}),
+        paths=paths,
+        resized=resized,
         dtype=dtype,
     )

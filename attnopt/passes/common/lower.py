@@ -196,7 +196,7 @@ class _Layer:
         args = list(old.args)
         if old.target is _DIALECT.routed_attention.default:
             del args[3]
-        rest = args[3:10]
+        rest: list[Any] = args[3:10]
         kept = [self.before.original_heads.index(h) for h in self.site.original_heads]
         if rest[0] is not None and kept != list(range(self.before.heads)):
             rest[0] = self._bias_of(rest[0], kept)
@@ -212,9 +212,7 @@ class _Layer:
             if node.op == "get_attr":
                 new[node] = self.editor.weight(tables[str(node.target)])
             else:
-                args = fx.map_arg(node.args, lambda n: new.get(n, n))
-                kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
-                new[node] = self.editor.call(node.target, *args, **kwargs)
+                new[node] = copy_call(self.editor, node, new)
         if bias in new:
             return new[bias]
         heads = bias.meta["val"].shape[1]
@@ -310,6 +308,21 @@ class _Layer:
 
     def _slice(self, x: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
         return self.editor.call(_ATEN.slice.Tensor, x, dim, start, stop)
+
+
+def copy_call(editor: Editor, node: fx.Node, new: Mapping[fx.Node, fx.Node], resize: Any = None) -> fx.Node:
+    """A call like that of a node, with some operands replaced.
+
+    Args:
+        editor: takes the new node.
+        node: what to copy.
+        new: operands by those they replace.
+        resize: applied to the positional arguments, or None.
+    """
+    args: Any = fx.map_arg(node.args, lambda n: new.get(n, n))
+    kwargs: Any = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
+    target: Any = node.target
+    return editor.call(target, *(args if resize is None else resize(args)), **kwargs)
 
 
 def _between(node: fx.Node, names: set[str]) -> list[fx.Node]:

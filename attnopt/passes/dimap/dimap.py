@@ -61,10 +61,10 @@ class Dimap(Pass):
             touched = {site.fqn for site in self._prunable(program)} | {m.site for m in _whole(find_mlps(program))}
             sites = [fqn for fqn in sites if fqn in touched]
         edits = tuple(SitePlan(fqn, edit, (program.sites[fqn].cached_numbers_per_token,) * 2) for fqn in sites)
-        notes = ("no text or image is read",)
+        notes = ["no text or image is read"]
         if not self.structured:
-            notes = (*notes, "zeros keep shapes, speed and memory as they are; --structured removes heads and channels")
-        return Plan(edits, self._misses(program), notes)
+            notes.append("zeros keep shapes, speed and memory as they are; --structured removes heads and channels")
+        return Plan(edits, self._misses(program), tuple(notes))
 
     def wants_text(self, plan: Plan) -> bool:
         """Never: thresholds depend on the weights alone."""

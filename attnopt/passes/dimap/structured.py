@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from attnopt.passes.common.lower import copy_call
 from attnopt.passes.common.weights import pick
 from attnopt.passes.dimap.modules import Mlp
 from attnopt.rewriter.edit import Editor
@@ -44,9 +45,7 @@ def shrink(editor: Editor, program: Program, mlp: Mlp, kept: Sequence[int]) -> N
             new[editor.node(one.node.name)] = _linear(editor, program, mlp.site, one, kept, None)
         for node in mlp.pointwise:
             old = editor.node(node.name)
-            args = fx.map_arg(old.args, lambda n: new.get(n, n))
-            kwargs = fx.map_arg(old.kwargs, lambda n: new.get(n, n))
-            new[old] = editor.call(old.target, *_resized(args, mlp.out.in_features, len(kept)), **kwargs)
+            new[old] = copy_call(editor, old, new, lambda args: _resized(args, mlp.out.in_features, len(kept)))
         operand = new[editor.node(mlp.pointwise[-1].name)] if mlp.pointwise else next(iter(new.values()))
         editor.redirect(end, _linear(editor, program, mlp.site, mlp.out, kept, operand))
 

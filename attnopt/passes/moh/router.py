@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from attnopt.passes.common.reading import output_nodes
 from attnopt.passes.mla.stream import Stream
@@ -83,7 +83,8 @@ def _fit(
 ) -> Router:
     nodes = output_nodes(program, loaded.segment)
     query = program.node(site.nodes.attention).args[0]
-    names = [site.nodes.input, nodes.context, site.nodes.output, query.name]  # type: ignore[union-attr]  # a node
+    assert isinstance(query, fx.Node)
+    names = [site.nodes.input, nodes.context, site.nodes.output, query.name]
     inputs, contexts, weights, norms = [], [], [], []
     for batch in stream.batches:
         env = stream.env(batch)

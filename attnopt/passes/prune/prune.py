@@ -84,7 +84,7 @@ class Prune(Repairing):
         Raises:
             OptionError: a number that is none, an empty list, or layers that share maps losing different heads.
         """
-        edits = []
+        edits: list[SitePlan | None] = []
         for fqn, section in sections.items():
             site = program.sites[fqn]
             kept = _kept_list(site, section)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from attnopt.passes.common.reading import output_nodes
 from attnopt.passes.common.ridge import OutputFit
@@ -104,8 +104,8 @@ def _operands(program: Program, loaded: LoadedSegment, stream: Stream, batch: An
     """The arguments of a layer's attention op for one batch, tensors evaluated."""
     assert loaded.segment.site is not None
     args = dict(zip(_NAMES, program.node(loaded.segment.site.nodes.attention).args, strict=False))
-    nodes = {name: arg.name for name, arg in args.items() if hasattr(arg, "name") and hasattr(arg, "op")}
-    values = loaded.evaluate_all(stream.env(batch), [*nodes.values()])
+    nodes = {name: arg.name for name, arg in args.items() if isinstance(arg, fx.Node)}
+    values = loaded.evaluate_all(stream.env(batch), list(nodes.values()))
     return {**args, **{name: values[node] for name, node in nodes.items()}}
 
 
