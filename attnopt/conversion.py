@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.errors import AttnoptError, OptionError
+from attnopt.errors import OptionError
+from attnopt.planning import (
+    file_hashes,
+    given_plan,
+    needs_text,
+    plan_done,
+    plan_notes,
+    predict_memory,
+    read_profile,
+    refuse_beyond_budget,
+)
 from attnopt.progress import Reporter
 from attnopt.results import Conversion, PlanPreview
 
@@ -104,7 +113,7 @@ def preview(
     from attnopt.rewriter.planfile import PlanFile
 
     source, program = open_and_capture(model, options.trust_remote_code, reporter)
-    given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
+    given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
     plans = pipeline.plan(program, given, profiles)
     if options.measure:
         plans = _measured(source, program, pipeline, calibration, options, reporter, given, profiles, plans)
@@ -125,7 +134,7 @@ def preview(
     return PlanPreview(
         model=source.name,
         pipeline=pipeline.to_text(),
-        notes=_plan_notes([plan for _, plan in plans]),
+        notes=plan_notes([plan for _, plan in plans]),
         layers=tuple(layers),
         cached_before=program.cached_numbers_per_token,
         cached_after=after,
@@ -152,43 +161,13 @@ def _measured(
     device, text = resolve_device(options.device), None
     if calibration.files:
         text = _from_files(source, calibration)
-    elif _needs_text(plans):
+    elif needs_text(plans):
         text = self_sampled(
             source, calibration.tokens, calibration.context, calibration.seed, device=str(device), reporter=reporter
         )
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
     results = pipeline.run(program, context, given=given).results
     return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
-
-
-def _needs_text(plans: Sequence[tuple[Pass, Plan]]) -> bool:
-    """Whether carrying out the plans reads calibration text."""
-    return any(item.wants_text(plan) for item, plan in plans)
-
-
-def _given(source: ModelSource, program: Program, pipeline: Pipeline, options: RunOptions) -> Given | None:
-    """What the plan file says, if there is one."""
-    from attnopt.rewriter.planfile import PlanFile
-
-    if options.plan is None:
-        return None
-    return PlanFile.load(options.plan).given(source.identity, program, pipeline.passes)
-
-
-def _profiles(program: Program, options: RunOptions) -> dict[str, Any]:
-    """The profile that was given, by the name passes look for it under."""
-    if options.profile is None:
-        return {}
-    from importlib import import_module
-
-    profile = import_module("attnopt.profiles.profile").Profile.load(options.profile)
-    profile.require(program)
-    return {"profile": profile}
-
-
-def _plan_notes(plans: Sequence[Plan]) -> tuple[str, ...]:
-    notes = [note for plan in plans for note in plan.notes]
-    return (*notes, *(f"left alone: {miss.reason}" for plan in plans for miss in plan.misses))
 
 
 def open_and_capture(model: str | Path, trust_remote_code: bool, reporter: Reporter) -> tuple[ModelSource, Program]:
@@ -214,41 +193,6 @@ def capture_model(source: ModelSource, reporter: Reporter) -> Program:
 
     reporter.say("capturing its graph")
     return capture(source)
-
-
-def predict_memory(program: Program, plans: Sequence[Plan], calibration: CalibrationOptions) -> int:
-    """Bytes at the peak: this process, one layer in float32, the hidden states of the text, and what a pass asks for.
-
-    If the model writes its calibration text itself, it is in memory as a whole before; the larger phase counts.
-    """
-    from attnopt.profiles.calibration import SAMPLING_CACHE_BYTES, sampling_dtype
-    from attnopt.rewriter.segments import assign_segments
-
-    segments = assign_segments(program)
-    weights: dict[int, set[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            for user in node.users:
-                weights.setdefault(segments.get(user, 0), set()).add(str(node.target))
-    largest = max(sum(program.weights.meta(name).numel for name in names) for names in weights.values())
-    width = max(site.o.out_features for site in program.site_list)
-    hidden = 2 * 4 * calibration.tokens * width
-    layerwise = 4 * largest + hidden + max((plan.memory for plan in plans), default=0)
-    itemsize = sampling_dtype("cpu").itemsize
-    cached = min(SAMPLING_CACHE_BYTES, calibration.tokens * program.cached_numbers_per_token * itemsize)
-    sampling = 0 if calibration.files else program.parameters * itemsize + cached
-    return resident_bytes() + max(layerwise, sampling)
-
-
-def resident_bytes() -> int:
-    """Resident size of this process now; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    import resource
-
-    return pages * resource.getpagesize()
 
 
 class Clock:
@@ -290,7 +234,7 @@ def convert_model(
         "dtype": options.dtype,
         "device": device.type,
         "seed": calibration.seed,
-        **_file_hashes(options),
+        **file_hashes(options),
     }
     key = resume_key(source.identity, pipeline.to_text(full=True), settings)
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
@@ -298,11 +242,11 @@ def convert_model(
         program = capture_model(source, reporter)
         latent = any("mla" in item.provides for item in pipeline.passes)
         check_source(program, options.emit, latent or any(site.latent is not None for site in program.site_list))
-        given, profiles = _given(source, program, pipeline, options), _profiles(program, options)
+        given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
         plans = pipeline.plan(program, given, profiles)
-        _refuse_beyond_budget(program, plans, calibration, options)
+        refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        if text is None and _needs_text(plans):
+        if text is None and needs_text(plans):
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
         clock.lap("calibration text")
@@ -322,7 +266,7 @@ def convert_model(
             cached_numbers_per_token=cached,
             parameters=parameters,
             layers=[layer for one in result.results for layer in one.layers],
-            plan=_plan_done(source, pipeline, result, calibration.seed),
+            plan=plan_done(source, pipeline, result, calibration.seed),
             run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
         ).write(staging.path)
         staging.finish()
@@ -424,47 +368,12 @@ def _self_written(
     return text
 
 
-def _plan_done(source: ModelSource, pipeline: Pipeline, result: PipelineResult, seed: int) -> dict[str, Any]:
-    """The plan that was carried out, every choice made, as a plan file has it."""
-    from attnopt.rewriter.planfile import PlanFile
-
-    plans = [(i, one.plan) for i, one in zip(pipeline.passes, result.results, strict=False) if one.plan is not None]
-    return PlanFile.of(source.identity, pipeline.to_text(), plans, seed).to_json()
-
-
-def _file_hashes(options: RunOptions) -> dict[str, str]:
-    """Hashes of the files that decide what a run does; none are named if there are none."""
-    found = {}
-    for name, path in (("plan", options.plan), ("profile", options.profile and options.profile / "profile.json")):
-        if path is not None:
-            try:
-                found[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError as error:
-                raise OptionError(f"the {name} {path} cannot be read: {error.strerror}", "check the path") from error
-    return found
-
-
 def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
     """The calibration as plain data. What the model will write is determined by the rest."""
     found: dict[str, Any] = {"source": "self", "tokens": calibration.tokens, "context": calibration.context}
     if text is not None:
         found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
     return found
-
-
-def _refuse_beyond_budget(
-    program: Program, plans: Sequence[tuple[Pass, Plan]], calibration: CalibrationOptions, options: RunOptions
-) -> None:
-    """Plan before anything is computed: what a pass cannot do, or memory cannot hold, is refused now."""
-    if options.memory_budget is None:
-        return
-    needed = predict_memory(program, [plan for _, plan in plans], calibration)
-    if needed > options.memory_budget * 1e9:
-        raise AttnoptError(
-            f"this needs about {needed / 1e9:.1f} GB of memory, more than the budget of {options.memory_budget:g} GB",
-            "use fewer --calib-tokens, give text with --calib FILE (then the model is not held as a whole), "
-            "or raise --memory-budget",
-        )
 
 
 def _context(
