@@ -179,6 +179,9 @@ def convert(
         str | None, typer.Option("--shared-heads", metavar="auto|N", help="moh: heads that always work")
     ] = None,
     router: Annotated[str | None, typer.Option(metavar="linear|qnorm", help="moh: what scores the heads")] = None,
+    gate: Annotated[
+        str | None, typer.Option(metavar="binary|weighted", help="moh: weighted gates are trained by --recover refit")
+    ] = None,
     keep_heads: Annotated[
         float | None, typer.Option("--keep-heads", help="prune: fraction of the heads or groups to keep")
     ] = None,
@@ -230,6 +233,7 @@ def convert(
         "active": active,
         "shared-heads": int(shared_heads) if shared_heads and shared_heads.isdigit() else shared_heads,
         "router": router,
+        "gate": gate,
         "keep-heads": keep_heads,
         "unit": unit,
         "groups": groups,

@@ -3,9 +3,9 @@
     python benchmarks/methods_quality.py MODEL --text wiki.valid.txt > methods.json
     python benchmarks/methods_quality.py MODEL --text wiki.valid.txt --only share --decode
 
-The first half of the text calibrates, the second half judges. Every result is written, loaded in a fresh process and
-compared there with the original. `--decode` measures tokens per second of both models, turn by turn in one process.
-Prints JSON.
+The first half of the text calibrates, the second half judges. Every result is written; all are loaded in one fresh
+process and compared there with the original. `--decode` measures tokens per second of both models, turn by turn in one
+process. Prints JSON; rows not yet judged go to stderr as they are made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "moh 7 of 9": ("moh", {"active": 7 / 9}, 0.15),
     "moh 7 of 9, refit": ("moh", {"active": 7 / 9, "recover": "refit"}, 0.08),
     "moh 7 of 9, qnorm": ("moh", {"active": 7 / 9, "router": "qnorm"}, None),
+    "moh 7 of 9, weighted gates, refit": ("moh", {"active": 7 / 9, "gate": "weighted", "recover": "refit"}, None),
     "prune to 6 of 9, any": ("prune", {"keep-heads": 2 / 3, "unit": "head", "groups": "free"}, 0.45),
     "prune to 6 of 9, even": ("prune", {"keep-heads": 2 / 3, "unit": "head"}, None),
     "prune to 6 of 9, any, means": (
@@ -119,18 +121,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    outs: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="attnopt-methods-") as folder_name:
         folder = Path(folder_name)
         half = first_half(arguments.text, folder)
         for name in ROWS:
             if arguments.only and not any(name.startswith(start) for start in arguments.only):
                 continue
-            out = folder / "out"
-            row = {**convert(arguments, name, half, out), **measure(arguments, out)}
+            outs.append(folder / f"row-{len(rows)}")
+            rows.append(convert(arguments, name, half, outs[-1]))
             if arguments.decode:
-                row["decode"] = decode_speed(arguments.model, out)
-            rows.append(row)
+                rows[-1]["decode"] = decode_speed(arguments.model, outs[-1])
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        rows = [{**row, **quality} for row, quality in zip(rows, measure(arguments, outs), strict=True)]
     settings = {n: getattr(arguments, n) for n in ("calib_tokens", "context", "window", "windows", "seed")}
     document = {"schema": "attnopt.methods_quality/1", "model": arguments.model, **settings, "rows": rows}
     print(json.dumps(document, indent=2))

@@ -179,10 +179,14 @@ class ShareSpec:
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """Which heads work on which tokens (mixture of heads, arXiv 2410.11842, with binary gates).
+    """Which heads work on which tokens (mixture of heads, arXiv 2410.11842).
 
     Heads that are not in `shared` form units, in the order of their numbers: single heads, or all heads that read one
     key/value head. Per token, the `active` units of highest score work; each of the others adds its row of `fill`.
+
+    Binary gates of working heads are 1. Weighted ones, which need training, are those of the paper's code: with p the
+    softmax of the scores and U the units that work, a2 * active * p_u / sum_U p of a unit, and
+    a1 * |shared| * softmax(shared_weight x)_i of shared head i; (a1, a2) = 2 softmax(balance x). Zero weights give 1.
 
     Attributes:
         router: "qnorm" scores a unit by the norm of its rotated queries, "linear" by weight x + bias of the input x.
@@ -191,6 +195,9 @@ class RouteSpec:
         unit: what is switched as a whole.
         weight, bias: names of the linear router's [units, D] and [units]; None for "qnorm".
         fill: name of [units, D]: what an idle unit adds to the layer's output; None for nothing.
+        gate: "binary" or "weighted".
+        shared_weight: name of [|shared|, D] of weighted gates; None for one shared head or none.
+        balance: name of [2, D] of weighted gates; None without shared heads.
     """
 
     router: Literal["qnorm", "linear"]
@@ -200,6 +207,9 @@ class RouteSpec:
     weight: str | None = None
     bias: str | None = None
     fill: str | None = None
+    gate: Literal["binary", "weighted"] = "binary"
+    shared_weight: str | None = None
+    balance: str | None = None
 
 
 @dataclass(frozen=True)

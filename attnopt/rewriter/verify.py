@@ -137,7 +137,12 @@ def _route_fits(facts: Facts, site: AttentionSite) -> bool:
     assert site.route is not None
     route, units, width = site.route, len(site.routed_units), site.o.out_features
     shapes = {route.weight: (units, width), route.bias: (units,), route.fill: (units, width)}
+    shapes |= {route.shared_weight: (len(route.shared), width), route.balance: (2, width)}
     legal = all(facts.shape(name) == shape for name, shape in shapes.items() if name is not None)
+    weighted = route.gate == "weighted"
+    legal &= (route.shared_weight is not None) == (weighted and len(route.shared) > 1)
+    legal &= (route.balance is not None) == (weighted and bool(route.shared))
+    legal &= not weighted or (route.router == "linear" and route.active > 0)
     heads = list(route.shared) == sorted(set(route.shared)) and all(0 <= h < site.heads for h in route.shared)
     return legal and heads and 0 <= route.active <= units and (route.router == "qnorm") == (route.weight is None)
 

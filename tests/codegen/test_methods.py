@@ -39,6 +39,7 @@ CASES = [
     ("llama", "moh{active=0.75}", "attnopt"),
     ("llama", "moh{active=0.5 router=qnorm unit=kv-group}", "attnopt"),
     ("mixtral", "moh{active=0.5}", "attnopt"),
+    ("llama", "moh{active=0.75 gate=weighted shared-heads=2}", "attnopt"),
     ("llama", "dimap", "llama"),
     ("llama", "dimap{structured=true sparsity=0.3}", "attnopt"),
     ("llama", "share{fraction=0.5},prune{keep-heads=0.5},moh{active=0.5},dimap", "attnopt"),
@@ -99,6 +100,30 @@ def test_reusing_the_map_equals_reusing_queries_and_keys(monkeypatch: pytest.Mon
         with torch.no_grad():
             outputs.append(model(ids).logits)
     assert models.relative_error(outputs[0], outputs[1]) < 1e-12
+
+
+def test_the_load_balance_is_part_of_the_loss_and_trains_the_router() -> None:
+    """M9: tokens spread evenly give a load of k; the loss has it, and its gradient reaches every part of the gates."""
+    program = apply(program_of("llama"), "moh{active=0.75 gate=weighted shared-heads=2 fill=none behind=false}").program
+    model = module_of(choose(program)[0])
+    ids = tokens(2, 12) % models.VOCAB
+    losses = []
+    for weight in (0.0, 1.0):
+        model.config.load_balance = weight
+        losses.append(model(ids, labels=ids).loss)
+    loads = torch.stack([router.load for router in model.routers])
+    assert float(losses[1] - losses[0]) == pytest.approx(float(loads.mean()), rel=1e-5)
+    losses[1].backward()
+    for router in model.routers:
+        for linear in (router.score, router.share, router.balance):
+            assert float(linear.weight.grad.abs().max()) > 0
+    router = model.routers[0]
+    scores = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
+    works = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    router.weigh(torch.zeros(2, 32), scores, works)
+    assert float(router.load) == pytest.approx(router.active, abs=1e-6)
+    router.weigh(torch.zeros(2, 32), scores[:1], works[:1])
+    assert float(router.load) > router.active + 0.5
 
 
 def test_a_layer_that_shares_is_not_run_alone() -> None:

@@ -88,7 +88,7 @@ def test_illegal_orders_are_refused_with_the_rule(pipeline: str, rule: str) -> N
 @pytest.mark.parametrize(
     "pipeline",
     ["share{layers=2},prune{keep-heads=0.5},moh{active=0.5},dimap", "prune{keep-heads=0.5 unit=head},share{layers=2}",
-     "prune{keep-heads=0.5 unit=head},to-mla{kv-keep=0.75},moh", "share{layers=2},to-mla{kv-keep=0.75}",
+     "prune{keep-heads=0.5 unit=head},to-mla{kv-keep=0.75},moh{active=0.5}", "share{layers=2},to-mla{kv-keep=0.75}",
      "to-mla{kv-keep=0.75},prune{keep-heads=0.5},dimap", "share{layers=2 edge=kv},prune{keep-heads=0.5}"],
 )  # fmt: skip
 def test_legal_orders_compose(pipeline: str) -> None:

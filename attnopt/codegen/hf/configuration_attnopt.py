@@ -66,7 +66,7 @@ _GROUPED_FIELDS: dict[str, Any] = {
     "share": (dict, type(None)),
     "route": (dict, type(None)),
 }
-_ROUTE_FIELDS = {"router": str, "units": list, "active": int, "bias": bool, "fill": bool}
+_ROUTE_FIELDS = {"router": str, "units": list, "active": int, "gate": str, "bias": bool, "fill": bool}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 # Keys that transformers itself puts into a config or passes to its constructor, besides its own fields.
 _ACCEPTED = {
@@ -100,9 +100,11 @@ class AttnoptConfig(PretrainedConfig):
             projection replaces, or None; share: None or {edge: "map" | "kv", source: index of the layer that is read};
             route: None or a router.
             A router (also in latent records, optional): router "linear" | "qnorm", units: heads of each routed unit,
-            active: units that work on a token, bias, fill: whether the router has a bias and idle units add a constant.
+            active: units that work on a token, gate: "binary" | "weighted" (needs training, and a linear router), bias,
+            fill: whether the router has a bias and idle units add a constant.
         rope_tables: inverse frequencies in radians per position, one list per distinct table, one entry per pair.
         paths: module of each attention layer below the backbone; by default those of a decoder.
+        load_balance: weight of the load-balance loss in the loss of a model with weighted gates.
         resized: linear maps of other sizes than the source's, by their path below the backbone: [out, in].
         semantics: must equal SEMANTICS.
 
@@ -122,6 +124,7 @@ class AttnoptConfig(PretrainedConfig):
         paths: list[str] | None = None,
         resized: dict[str, list[int]] | None = None,
         semantics: dict[str, Any] | None = None,
+        load_balance: float = 0.01,
         **kwargs: Any,
     ) -> None:
         unknown = [
@@ -144,6 +147,7 @@ class AttnoptConfig(PretrainedConfig):
         self.layers = layers if layers is not None else [None] * len(paths)
         self.rope_tables = rope_tables or []
         self.resized = resized or {}
+        self.load_balance = load_balance
         self.semantics = dict(SEMANTICS) if semantics is None else semantics
         for name in _TOKENS:
             kwargs.setdefault(name, getattr(text_config, name, None))
@@ -238,6 +242,10 @@ def _check_route(where: str, heads: int, route: dict[str, Any]) -> None:
         raise ValueError(f"{where}: the routed units {route['units']} are not made of its {heads} heads")
     if route["router"] not in ("linear", "qnorm") or not 0 <= route["active"] <= len(route["units"]):
         raise ValueError(f"{where}: router {route['router']!r} with {route['active']} of {len(route['units'])} units")
+    if route["gate"] not in ("binary", "weighted"):
+        raise ValueError(f"{where}: gate {route['gate']!r} is neither 'binary' nor 'weighted'")
+    if route["gate"] == "weighted" and (route["router"] != "linear" or route["active"] == 0):
+        raise ValueError(f"{where}: weighted gates need a linear router and at least one active unit")
 
 
 __all__ = ["AttnoptConfig"]

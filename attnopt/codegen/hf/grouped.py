@@ -92,11 +92,13 @@ def route_record(program: Program, site: AttentionSite) -> tuple[dict[str, Any],
     route = site.route
     assert route is not None
     names = {"router.score.weight": route.weight, "router.score.bias": route.bias, "router.fill": route.fill}
+    names |= {"router.share.weight": route.shared_weight, "router.balance.weight": route.balance}
     tensors = {name: program.weights[own] for name, own in names.items() if own is not None}
     record = {
         "router": route.router,
         "units": [list(unit) for unit in site.routed_units],
         "active": route.active,
+        "gate": route.gate,
         "bias": route.bias is not None,
         "fill": route.fill is not None,
     }

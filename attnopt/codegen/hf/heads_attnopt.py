@@ -38,30 +38,60 @@ class HeadRouter(nn.Module):
     Args:
         width: hidden size.
         heads: number of heads.
-        spec: router ("linear" or "qnorm"), units (heads of each routed unit), active, bias and fill (whether the router
-            has a bias, and idle units add a constant).
+        spec: router ("linear" or "qnorm"), units (heads of each routed unit), active, gate ("binary" or "weighted"),
+            bias and fill (whether the router has a bias, and idle units add a constant).
+
+    Attributes:
+        load: of the last call with weighted gates: units * sum_u mean(p_u) mean(m_u), with p the softmax of the scores
+            and m which units work; `active` if tokens are spread evenly. None before, and with binary gates.
     """
 
     def __init__(self, width: int, heads: int, spec: dict[str, Any]) -> None:
         super().__init__()
         self.units, self.active = [list(unit) for unit in spec["units"]], spec["active"]
-        place = {head: 1 + u for u, unit in enumerate(self.units) for head in unit}
-        self.place = [place.get(head, 0) for head in range(heads)]
+        routed = {head for unit in self.units for head in unit}
+        shared = [head for head in range(heads) if head not in routed]
+        self.weighted = spec["gate"] == "weighted"
+        several = self.weighted and len(shared) > 1
+        self.common = len(shared) if several else 1
+        place = {head: i if several else 0 for i, head in enumerate(shared)}
+        place |= {head: self.common + u for u, unit in enumerate(self.units) for head in unit}
+        self.place = [place[head] for head in range(heads)]
+        self.share = nn.Linear(width, len(shared), bias=False) if several else None
+        self.balance = nn.Linear(width, 2, bias=False) if self.weighted and shared else None
+        self.load: torch.Tensor | None = None
         linear = spec["router"] == "linear"
         self.score = nn.Linear(width, len(self.units), bias=spec["bias"]) if linear else None
         self.fill = nn.Parameter(torch.zeros(len(self.units), width)) if spec["fill"] else None
 
     def forward(self, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(gates [B, S, H] of 0 and 1, what idle units add [B, S, D] or None) for x [B, S, D] and q [B, H, S, d]."""
+        """(gates [B, S, H], what idle units add [B, S, D] or None) for x [B, S, D] and q [B, H, S, d]."""
         if self.score is not None:
             scores = self.score(x)
         else:
             square = (q * q).sum(-1).transpose(1, 2)
             scores = torch.stack([square[..., unit].sum(-1) for unit in self.units], -1)
         chosen = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., : self.active]
-        gates = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
-        every = torch.cat((torch.ones_like(gates[..., :1]), gates), -1)[..., self.place]
-        return every.to(x.dtype), None if self.fill is None else (1 - gates).to(x.dtype) @ self.fill
+        works = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+        always, gates = torch.ones_like(works[..., :1]), works
+        if self.weighted:
+            always, gates = self.weigh(x, scores, works)
+        every = torch.cat((always, gates), -1)[..., self.place]
+        return every.to(x.dtype), None if self.fill is None else (1 - works).to(x.dtype) @ self.fill
+
+    def weigh(self, x: torch.Tensor, scores: torch.Tensor, works: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates of the shared heads [B, S, shared or 1] and of the units [B, S, units]; zero weights give 1."""
+        p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        tokens = tuple(range(p.dim() - 1))
+        self.load = len(self.units) * (p.mean(tokens) * works.to(p.dtype).mean(tokens)).sum()
+        gates = self.active * p * works / (p * works).sum(-1, keepdim=True)
+        always = torch.ones_like(gates[..., :1])
+        if self.share is not None:
+            always = self.common * self.share(x).softmax(-1, dtype=p.dtype)
+        if self.balance is not None:
+            two = 2 * self.balance(x).softmax(-1, dtype=p.dtype)
+            always, gates = always * two[..., :1], gates * two[..., 1:]
+        return always, gates
 
 
 def rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -229,6 +229,9 @@ class AttnoptPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HeadRouter):
             if module.fill is not None:
                 init.zeros_(module.fill)
+            for linear in (module.share, module.balance):
+                if linear is not None:
+                    init.zeros_(linear.weight)
         elif isinstance(module, HeadMap):
             init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.weight.shape[-1]))
         else:
@@ -264,6 +267,7 @@ class AttnoptPreTrainedModel(PreTrainedModel):
             if record["kind"] == "grouped" and record["instead_of"]:
                 self.model.set_submodule(record["instead_of"], nn.Identity())
         resize(self.model, config.resized)
+        self.routers = tuple(module for module in self.model.modules() if isinstance(module, HeadRouter))
         # transformers asks the backbone to initialise what lies inside it, and that does not know our modules.
         self.model._init_weights = self._init_weights
 
@@ -311,6 +315,9 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loads = [module.load for module in self.routers if module.load is not None]
+            if loads:
+                loss = loss + self.config.load_balance * torch.stack([load.to(loss.device) for load in loads]).mean()
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )

@@ -164,7 +164,7 @@ class _Layer:
         return anchor, self.editor.call(_ATEN.mul.Tensor, anchor, full), gates
 
     def _gates(self, route: RouteSpec, q: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """(gates of the units [B, S, units], of the heads [B, S, H]), 0 or 1; ties go to the lower number."""
+        """(which units work [B, S, units], 0 or 1; gates of the heads [B, S, H]); ties go to the lower number."""
         call, units = self.editor.call, self.site.routed_units
         if route.router == "linear":
             assert route.weight is not None
@@ -177,11 +177,34 @@ class _Layer:
             scores = call(_ATEN.cat.default, parts, -1)
         order = call(_ATEN.sort.stable, scores, stable=True, dim=-1, descending=True)
         chosen = self._slice(self.editor.call(operator.getitem, order, 1), 2, 0, route.active)
-        gates = call(_ATEN.scatter.value, call(_ATEN.zeros_like.default, scores), -1, chosen, 1.0)
-        always = call(_ATEN.ones_like.default, self._slice(scores, 2, 0, 1))
-        place = {h: 1 + u for u, unit in enumerate(units) for h in unit}
+        works = call(_ATEN.scatter.value, call(_ATEN.zeros_like.default, scores), -1, chosen, 1.0)
+        gates, always = works, call(_ATEN.ones_like.default, self._slice(scores, 2, 0, 1))
+        if route.gate == "weighted":
+            gates, always = self._weighted(route, scores, works, always)
+        common = len(route.shared) if route.shared_weight else 1
+        place = dict(zip(route.shared, range(common), strict=True)) if route.shared_weight else {}
+        place |= {h: common + u for u, unit in enumerate(units) for h in unit}
         both = call(_ATEN.cat.default, [always, gates], -1)
-        return gates, self._pick(both, 2, [place.get(h, 0) for h in range(self.site.heads)])
+        return works, self._pick(both, 2, [place.get(h, 0) for h in range(self.site.heads)])
+
+    def _weighted(self, route: RouteSpec, scores: fx.Node, works: fx.Node, always: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """(gates of the units [B, S, units], of the shared heads [B, S, |shared| or 1]), see RouteSpec."""
+        call = self.editor.call
+        working = call(_ATEN.mul.Tensor, self._softmax(scores), works)
+        gates = call(_ATEN.div.Tensor, working, call(_ATEN.sum.dim_IntList, working, [-1], True))
+        gates = call(_ATEN.mul.Tensor, gates, route.active)
+        if route.shared_weight is not None:
+            share = self._softmax(call(_ATEN.linear.default, self.x, self.editor.weight(route.shared_weight)))
+            always = call(_ATEN.mul.Tensor, share, len(route.shared))
+        if route.balance is not None:
+            both = self._softmax(call(_ATEN.linear.default, self.x, self.editor.weight(route.balance)))
+            both = call(_ATEN.mul.Tensor, both, 2)
+            always = call(_ATEN.mul.Tensor, always, self._slice(both, 2, 0, 1))
+            gates = call(_ATEN.mul.Tensor, gates, self._slice(both, 2, 1, 2))
+        return gates, always
+
+    def _softmax(self, scores: fx.Node) -> fx.Node:
+        return self.editor.call(_ATEN._softmax.default, scores, -1, False)
 
     def _operands(self, source: AttentionSite) -> tuple[Any, ...]:
         """(q, k, v, bias, q_pos, scale, causal, window, softcap, sinks) of the attention of another layer."""

@@ -18,11 +18,13 @@ class Example:
         output: gives the layer's output [B, S, D] for weights by name.
         target: what it should be.
         weights: of the tokens, [B, S].
+        penalty: what is added to the relative squared error while fitting, for weights by name; or None.
     """
 
     output: Callable[[Mapping[str, Tensor]], Tensor]
     target: Tensor
     weights: Tensor
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def refit(
     if steps == 0 or before < 1e-12:
         return Fitted(best, before, before)
     trained = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
-    size = {name: max(float(value.detach().pow(2).mean().sqrt()), 1e-4) for name, value in trained.items()}
+    size = {name: _size(value.detach()) for name, value in trained.items()}
     optimizer = torch.optim.Adam(
         [{"params": [value], "full": rate * size[name]} for name, value in trained.items()], betas=(0.9, 0.95)
     )
@@ -100,6 +102,7 @@ def refit(
         with torch.enable_grad():
             out = example.output(trained)
             loss = (example.weights[..., None].to(out.dtype) * (out - example.target) ** 2).sum() / scale
+            loss = loss if example.penalty is None else loss + example.penalty(trained)
             optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
@@ -110,3 +113,9 @@ def refit(
             if error < best_error:
                 best, best_error = now, error
     return Fitted(best, before, best_error)
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square of a weight; of matrices that start at zero, what is usual at random."""
+    size = float(weight.pow(2).mean().sqrt())
+    return 0.02 if size == 0 and weight.dim() > 1 else max(size, 1e-4)

@@ -7,7 +7,7 @@ least squares. Refit: after that all weights of the layer's attention by Adam.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from attnopt.passes.common.ridge import OutputFit
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
-from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
+from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
 from attnopt.rewriter.precision import exact_products, quick_products
 from attnopt.rewriter.program import Program
@@ -42,6 +42,7 @@ class Settings:
         follow: how far a layer's target leads back to the hidden state of the program before, from 0 (what that
             program's layer gives on the rewritten program's state) to 1 (whatever brings the state back).
         behind: repair the layers behind the first changed one as well.
+        balance: weight of the load-balance loss of weighted gates in a refit.
     """
 
     fill: Fill
@@ -49,6 +50,7 @@ class Settings:
     epochs: int = 4
     follow: float = 0.5
     behind: bool = True
+    balance: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -242,7 +244,7 @@ class _LayerRepair:
                 given = {names[short]: value for short, value in weights.items()}
                 return self.new.evaluate_all(env, [site.nodes.output], weights=given)[site.nodes.output]
 
-            return Example(output, targets[place], importance[place])
+            return Example(output, targets[place], importance[place], self._load(env))
 
         pools: dict[bool, list[Any]] = {False: [], True: []}
         for place, batch in enumerate(self.student.batches):
@@ -251,6 +253,22 @@ class _LayerRepair:
         fitted = refit(start, pools[False], pools[True], epochs=settings.epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
         return dict(fitted.weights)
+
+    def _load(self, env: Env) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """The load-balance loss of weighted gates: units * sum_u mean(p_u) mean(m_u) / active, 1 if spread evenly."""
+        route = self.site.route
+        if route is None or route.gate != "weighted" or not self.job.settings.balance:
+            return None
+        x, strength = self.new.evaluate(env, self.site.nodes.input), self.job.settings.balance
+
+        def loss(weights: Mapping[str, Tensor]) -> Tensor:
+            scores = torch.nn.functional.linear(x, weights["router.weight"], weights["router.bias"]).flatten(0, -2)
+            chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, : route.active]
+            works = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+            spread = (scores.softmax(-1).mean(0) * works.mean(0)).sum()
+            return strength * scores.shape[-1] * spread / route.active
+
+        return loss
 
     def _advance(self, weights: Mapping[str, Tensor], kept: list[Tensor]) -> None:
         """Send the text through both layers."""
@@ -279,8 +297,13 @@ def trained_weights(site: AttentionSite) -> dict[str, str]:
         parts |= {"q_proj": site.latent.q or site.q, "kv_a_proj": site.latent.kv_a, "kv_b_proj": site.latent.kv_b}
     names = {f"{short}.weight": p.weight for short, p in parts.items() if p is not None}
     names |= {f"{short}.bias": p.bias for short, p in parts.items() if p is not None and p.bias is not None}
-    if site.route is not None and site.route.fill is not None:
-        names["fill"] = site.route.fill
+    route = site.route
+    if route is not None:
+        found = {"fill": route.fill}
+        if route.gate == "weighted":
+            found |= {"router.weight": route.weight, "router.bias": route.bias}
+            found |= {"router.share": route.shared_weight, "router.balance": route.balance}
+        names |= {short: name for short, name in found.items() if name is not None}
     return names
 
 

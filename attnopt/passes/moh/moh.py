@@ -13,6 +13,7 @@ from attnopt.passes.common.heads import set_fresh, take_heads
 from attnopt.passes.common.lower import obstacle
 from attnopt.passes.common.moments import Moments, check_text, measure_moments
 from attnopt.passes.common.profile import head_scores
+from attnopt.passes.common.repair import Settings
 from attnopt.passes.common.repairing import Repairing
 from attnopt.passes.common.transform import transform
 from attnopt.passes.moh.router import Router, fit_routers
@@ -25,6 +26,8 @@ from attnopt.rewriter.weights import Inline
 
 #: Importance that is measured here: how much of the layer's output a head makes beyond its mean.
 MEASURED = "contribution"
+#: What the scores of a fitted router are multiplied with to start weighted gates close to 1.
+SOFT = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,18 @@ class MixtureOfHeads(Repairing):
         "linear", help="scores by a linear map fitted to the loss of each head, or by the norm of the queries"
     )
     unit: Literal["head", "kv-group"] = option("head", help="what is switched: heads, or all heads of a key/value head")
+    gate: Literal["binary", "weighted"] = option(
+        "binary", help="working heads count in full, or by trained weights: the form that is fine-tuned (recover=refit)"
+    )
+    balance: float = option(0.01, help="weighted gates: weight of the load-balance loss in a refit", minimum=0.0)
     importance: str = option(
         MEASURED, help="what chooses the shared heads: contribution (measured), or a metric of the profile"
     )
+
+    @property
+    def settings(self) -> Settings:
+        """How to repair."""
+        return replace(super().settings, balance=self.balance)
 
     def check(self, program: Program) -> None:
         """Refuse a program of which no layer can be routed.
@@ -57,15 +69,19 @@ class MixtureOfHeads(Repairing):
         if all(reasons):
             distinct = dict.fromkeys(reason for reason in reasons if reason)
             raise UnsupportedError("no heads can be routed: " + "; ".join(distinct), "attnopt inspect shows the layers")
+        if self.gate == "weighted" and self.router != "linear":
+            raise OptionError("weighted gates need a router that can be trained", "take router=linear, or binary gates")
 
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """How many heads work per token; which of them always do is decided by measuring."""
         edits = []
         for site in self._routable(program):
             shared, active = self._counts(site)
-            edit = {"type": self.router, "unit": self.unit, "shared_count": shared, "k": active, "gate": "binary"}
+            edit = {"type": self.router, "unit": self.unit, "shared_count": shared, "k": active, "gate": self.gate}
             edits.append(SitePlan(site.fqn, edit, (site.cached_numbers_per_token,) * 2))
         notes = ["idle heads save compute, not cache: keys and values of every token are kept"]
+        if self.gate == "weighted" and self.recover == "none":
+            notes.append("weighted gates start close to 1 and are worth something only after training: recover=refit")
         return Plan(tuple(edits), self._misses(program), tuple(notes))
 
     def wants_text(self, plan: Plan) -> bool:
@@ -132,6 +148,7 @@ class MixtureOfHeads(Repairing):
                 tuple(sorted(site.original_heads.index(h) for h in edit.edit["shared"])),
                 edit.edit["k"],
                 edit.edit["unit"],
+                gate=edit.edit["gate"],
             )
             if route.active < len(replace(site, route=route).routed_units):
                 facts[site.fqn] = replace(take_heads(editor, program, site, range(site.heads)), route=route)
@@ -164,10 +181,13 @@ class MixtureOfHeads(Repairing):
             route = replace(route, fill=set_fresh(editor, site.fqn, "fill", Inline(router.mean.cpu())))
         if route.router == "linear":
             assert router is not None
-            weight = set_fresh(editor, site.fqn, "router.weight", Inline(router.weight.cpu()))
-            route = replace(
-                route, weight=weight, bias=set_fresh(editor, site.fqn, "router.bias", Inline(router.bias.cpu()))
-            )
+            # The order of the scores is kept, and with it which heads work; only weighted gates see their size.
+            size = SOFT if route.gate == "weighted" else 1.0
+            weight = set_fresh(editor, site.fqn, "router.weight", Inline(size * router.weight.cpu()))
+            bias = set_fresh(editor, site.fqn, "router.bias", Inline(size * router.bias.cpu()))
+            route = replace(route, weight=weight, bias=bias)
+        if route.gate == "weighted":
+            route = replace(route, **_weighted(editor, site))
         return replace(site, route=route)
 
     def _obstacle(self, site: AttentionSite) -> str | None:
@@ -206,6 +226,11 @@ class MixtureOfHeads(Repairing):
                     f"shared-heads={self.shared_heads} are more than the {working} units that work on a token",
                     "take fewer shared heads or a larger active",
                 )
+        if self.gate == "weighted" and shared == working < units:
+            raise OptionError(
+                f"shared-heads={self.shared_heads} leaves nothing to route, and weighted gates need a routed unit",
+                "take fewer shared heads, or binary gates",
+            )
         return shared, working - shared
 
     def _top(self, site: AttentionSite, scores: Sequence[float], count: int) -> list[int]:
@@ -219,12 +244,8 @@ class MixtureOfHeads(Repairing):
         good = isinstance(section, Mapping) and set(section) - set(wanted) in ({"shared"}, {"shared_count"})
         if not good or any(type(section.get(name)) is not kind for name, kind in wanted.items()):
             raise OptionError(f"the plan's route of {site.fqn} needs type, unit, shared, k and gate")
-        if section["gate"] != "binary":
-            raise OptionError(
-                f"the plan gives {site.fqn} {section['gate']} gates; without training only binary gates keep the model"
-            )
-        if section["type"] != self.router or section["unit"] != self.unit:
-            raise OptionError(f"the plan's route of {site.fqn} has another type or unit than {self.to_text()}")
+        if (section["type"], section["unit"], section["gate"]) != (self.router, self.unit, self.gate):
+            raise OptionError(f"the plan's route of {site.fqn} has another type, unit or gate than {self.to_text()}")
         shared = section.get("shared", [])
         if not isinstance(shared, (list, tuple)) or len(set(shared) & set(site.original_heads)) < len(shared):
             raise OptionError(f"the plan shares heads {shared} of {site.fqn}, which has {list(site.original_heads)}")
@@ -232,6 +253,20 @@ class MixtureOfHeads(Repairing):
         units = len(replace(site, route=RouteSpec("qnorm", places, 0, self.unit)).routed_units)
         if not 0 <= section["k"] <= units - section.get("shared_count", 0) or not (shared or section["k"]):
             raise OptionError(f"the plan lets {section['k']} of {units} units of {site.fqn} work on a token")
+        if self.gate == "weighted" and section["k"] == 0:
+            raise OptionError(f"the plan lets no routed unit of {site.fqn} work, and weighted gates need one")
+
+
+def _weighted(editor: Editor, site: AttentionSite) -> dict[str, str]:
+    """What weighted gates have besides the router: zeros, which give gates of 1."""
+    assert site.route is not None
+    shared, width = len(site.route.shared), site.o.out_features
+    found = {}
+    if shared > 1:
+        found["shared_weight"] = set_fresh(editor, site.fqn, "router.share", Inline(torch.zeros(shared, width)))
+    if shared:
+        found["balance"] = set_fresh(editor, site.fqn, "router.balance", Inline(torch.zeros(2, width)))
+    return found
 
 
 def _contributions(site: AttentionSite, moments: Moments) -> list[float]:

@@ -18,10 +18,11 @@ from attnopt.rewriter.verify import verify, violations
 from tests import models
 from tests.passes.helpers import program_of, with_weights
 
-FAMILIES = (
-    "llama", "llama-mha", "llama-mqa", "llama-llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
-    "phi3-partial", "mixtral", "gpt2", "gpt_neox", "opt", "falcon-new", "bert", "vit", "swin",
+FAST = ("llama", "llama-mqa", "qwen3", "gemma3", "phi3-partial", "gpt2", "gpt_neox", "swin")
+MORE = (
+    "llama-mha", "llama-llama3", "mistral", "qwen2", "gemma2", "phi3", "mixtral", "opt", "falcon-new", "bert", "vit",
 )  # fmt: skip
+FAMILIES = (*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE))
 GRID = ((8, 2), (8, 4), (16, 4), (16, 2), (8, 8), (8, 1))
 
 

@@ -103,7 +103,7 @@ def test_every_family_routes(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("edit", "words"),
-    [({"shared": [9]}, "shares heads"), ({"k": 9}, "work on a token"), ({"gate": "weighted"}, "binary"),
+    [({"shared": [9]}, "shares heads"), ({"k": 9}, "work on a token"), ({"gate": "weighted"}, "another type"),
      ({"extra": 1}, "needs type"), ({"type": "qnorm"}, "another type")],
 )  # fmt: skip
 def test_bad_plans_are_refused(edit: dict[str, object], words: str) -> None:
@@ -118,3 +118,67 @@ def test_bad_plans_are_refused(edit: dict[str, object], words: str) -> None:
 def test_more_shared_than_active_heads_are_refused() -> None:
     with pytest.raises(OptionError, match="are more than"):
         apply(program_of("llama", 2), "moh{active=0.5 shared-heads=3}")
+
+
+def routed(program: Program, **values: float) -> Program:
+    """The program with some of its routes' weights at random, of the given size."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for site in program.site_list:
+        for field, size in values.items():
+            name = getattr(site.route, field)
+            found[name] = size * torch.randn(program.weights.get(name).shape, generator=generator)
+    return with_weights(program, found)
+
+
+WEIGHTED = "moh{active=0.75 gate=weighted shared-heads=2 fill=none behind=false}"
+
+
+def test_zero_routers_give_gates_of_one() -> None:
+    """M1: with all weights of the gates zero, every head that works counts in full."""
+    after = routed(apply(program_of("llama", 2, 8, 4), WEIGHTED).program, weight=0.0, bias=0.0)
+    for gates in gates_of(after):
+        assert torch.allclose(gates.sum(-1), torch.tensor(6.0), atol=1e-5)
+        assert float(torch.minimum(gates, (gates - 1).abs()).max()) < 1e-6
+    start = gates_of(apply(program_of("llama", 2, 8, 4), WEIGHTED).program)
+    assert all(float(torch.minimum(gates, (gates - 1).abs()).max()) < 0.5 for gates in start)
+
+
+def test_weighted_gates_are_those_of_the_paper() -> None:
+    """M3, M4: sums and counts of gates with routers at random; the sum is that of the two-stage formula."""
+    after = routed(apply(program_of("llama", 2, 8, 4), WEIGHTED).program, weight=1.0, shared_weight=1.0, balance=1.0)
+    runner = LayerRunner(after)
+    env = runner.start(models.inputs("llama", 3, 21))
+    for segment, gates in zip(runner.layers, gates_of(after), strict=True):
+        site = segment.site
+        assert site is not None
+        assert site.route is not None
+        with runner.load(segment) as loaded:
+            x = loaded.evaluate(env, site.nodes.input)
+            env = loaded.advance(env)
+        balance = 2 * (x @ after.weights.get(site.route.balance).T).softmax(-1)  # type: ignore[arg-type]  # a name
+        assert torch.equal((gates > 0).sum(-1), torch.full(gates.shape[:2], 6))
+        assert torch.allclose(gates[..., list(site.route.shared)].sum(-1), 2 * balance[..., 0], rtol=1e-4)
+        assert torch.allclose(gates.sum(-1), 2 * balance[..., 0] + 4 * balance[..., 1], rtol=1e-4)
+        assert float(gates.std()) > 0.1
+
+
+def test_weighted_gates_are_trained_by_the_refit() -> None:
+    program = program_of("llama", 2)
+    text = "moh{active=0.5 gate=weighted shared-heads=1 recover=refit epochs=6 behind=false}"
+    result = apply(program, text)
+    untrained = apply(program, text.replace("recover=refit epochs=6", "recover=none"))
+    for site, record in zip(result.program.site_list, result.results[0].layers, strict=True):
+        assert record["error_after_refit"] < record["error_before_refit"]
+        assert site.route is not None
+        for name in (site.route.weight, site.route.balance):
+            assert name is not None
+            assert not torch.equal(result.program.weights.get(name), untrained.program.weights.get(name))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("moh{gate=weighted router=qnorm}", "can be trained"), ("moh{gate=weighted shared-heads=3}", "nothing to route"),
+])  # fmt: skip
+def test_weighted_gates_that_cannot_be_trained_are_refused(text: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        apply(program_of("llama", 2), text)

@@ -123,14 +123,19 @@ def test_bad_plans_are_refused(edit: dict[str, object], words: str) -> None:
 def test_importance_of_a_profile() -> None:
     program = program_of("llama", 2, 8, 4)
     scores = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6, 7, 8]])
+    values = {
+        "contrib": (("site", "head"), "high_keep", scores),
+        "groups": (("site", "kv_head"), "low_keep", scores[:, ::2]),
+        "entropy": (("site", "head"), "", scores),
+        "layer_cos": (("source", "consumer"), "high_keep", scores[:, :2]),
+    }
 
     class Profile:
-        metrics = {"contrib": SimpleNamespace(axes=("site", "head"), direction="high_keep"),  # noqa: RUF012
-                   "layer_cos": SimpleNamespace(axes=("source", "consumer"), direction="")}  # fmt: skip
+        metrics = {n: SimpleNamespace(axes=axes, direction=way) for n, (axes, way, _) in values.items()}  # noqa: RUF012
+        sites = ({"heads": 8, "kv_heads": 4},) * 2
 
         def metric(self, name: str) -> torch.Tensor:
-            assert name == "contrib"
-            return scores
+            return values[name][2]
 
     profiles = {"profile": Profile()}
     plan = Prune(keep_heads=0.5, importance="contrib").plan(program, profiles)
@@ -138,8 +143,12 @@ def test_importance_of_a_profile() -> None:
     context = PassContext(calibration=calibration(), profiles=profiles)
     after = apply(program, "prune{keep-heads=0.5 importance=contrib fill=none}", context).program
     assert [site.original_heads for site in after.site_list] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    plan = Prune(keep_heads=0.5, importance="groups").plan(program, profiles)  # of key/value heads, small ones kept
+    assert [list(edit.edit["keep"]) for edit in plan.edits] == [[4, 5, 6, 7], [0, 1, 2, 3]]
     with pytest.raises(OptionError, match="not one of heads"):
         apply(program, "prune{importance=layer_cos}", context)
+    with pytest.raises(OptionError, match="only describes"):
+        apply(program, "prune{importance=entropy}", context)
     with pytest.raises(OptionError, match="none was given"):
         apply(program, "prune{importance=contrib}")
 
