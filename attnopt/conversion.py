@@ -241,7 +241,8 @@ def convert_model(
     with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
         program = capture_model(source, reporter)
         latent = any("mla" in item.provides for item in pipeline.passes)
-        check_source(program, options.emit, latent or any(site.latent is not None for site in program.site_list))
+        latent |= any(site.latent is not None for site in program.site_list)
+        check_source(program, options.emit, latent, any(item.reshapes() for item in pipeline.passes))
         given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
         plans = pipeline.plan(program, given, profiles)
         refuse_beyond_budget(program, plans, calibration, options)

@@ -189,6 +189,10 @@ class Pass(Item):
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """What would be done: pure and cheap, without reading weights. `profiles` may be empty (`--dry-run`)."""
 
+    def reshapes(self) -> bool:
+        """Whether it changes more than values: sizes, or what a layer computes. Known before any work is done."""
+        return True
+
     def wants_text(self, plan: Plan) -> bool:
         """Whether carrying out a plan reads calibration text."""
         return True

@@ -88,6 +88,17 @@ def test_options_beside_a_plan_and_no_method_are_refused(cli: Cli, four_layers: 
     assert "is for the pipeline" in outcome.err
 
 
+def test_what_no_class_can_hold_is_refused_before_work_starts(cli: Cli, tmp_path: Path) -> None:
+    gpt2 = models.save("gpt2", tmp_path / "model")
+    outcome = cli("convert", gpt2, "--to", "prune", "--keep-heads", "0.5", "-o", tmp_path / "out")
+    assert outcome.code == 1
+    assert "gpt2" in outcome.err
+    assert "calibration" not in outcome.err
+    assert not (tmp_path / "out").exists()
+    written = cli("convert", gpt2, "--to", "dimap", "-o", tmp_path / "out", "--json").document
+    assert written["emitted_as"] == "gpt2"
+
+
 def test_an_illegal_order_is_refused_at_once(cli: Cli, four_layers: Path, tmp_path: Path) -> None:
     outcome = cli("run", four_layers, "-p", "moh,prune", "-o", tmp_path / "out")
     assert outcome.code == 1

@@ -51,13 +51,14 @@ class EmittedAs:
     refused: Refusal | None = None
 
 
-def check_source(program: Program, emit: str = "auto", latent: bool = True) -> None:
+def check_source(program: Program, emit: str = "auto", latent: bool = True, reshaped: bool = True) -> None:
     """Refuse a target before hours of conversion rather than after them.
 
     Args:
         program: a Program as captured; its attention layers need not be converted.
         emit: see `choose`.
         latent: whether the result will hold latent attention; if not, the source's class may do.
+        reshaped: whether more than values will change.
 
     Raises:
         OptionError: an unknown `emit`.
@@ -74,7 +75,8 @@ def check_source(program: Program, emit: str = "auto", latent: bool = True) -> N
     if emit == source_class.TARGET and latent:
         reasons = ("latent attention",)
         raise UnsupportedError(str(Refusal(program.model_type, reasons)), "use --emit auto")
-    if own and (emit == own_class.TARGET or (latent and stock)):
+    resized = reshaped and not latent and not source_class.can_resize(program)
+    if own and (emit == own_class.TARGET or (latent and stock) or resized):
         raise UnsupportedError(str(Refusal(own_class.TARGET, own)), "only the listed architectures can be written")
 
 

@@ -38,6 +38,11 @@ _PROJECTIONS: dict[str, tuple[str, ...]] = {
 _O_BIAS = ("llama", "qwen3", "qwen3_moe")
 
 
+def can_resize(program: Program) -> bool:
+    """Whether the source's config says how many heads there are, apart from the width."""
+    return program.model_type in _PROJECTIONS
+
+
 def can_emit(program: Program) -> Refusal | None:
     """Say why the source's class cannot hold a Program, or None if it can."""
     reasons = tuple(dict.fromkeys(_obstacles(program)))

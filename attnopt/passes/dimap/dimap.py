@@ -66,6 +66,10 @@ class Dimap(Pass):
             notes.append("zeros keep shapes, speed and memory as they are; --structured removes heads and channels")
         return Plan(edits, self._misses(program), tuple(notes))
 
+    def reshapes(self) -> bool:
+        """Zeros do not."""
+        return self.structured
+
     def wants_text(self, plan: Plan) -> bool:
         """Never: thresholds depend on the weights alone."""
         return False

@@ -95,6 +95,15 @@ def test_disjoint_prunings_commute() -> None:
     assert change(orders[0], orders[1]) == 0
 
 
+def test_layers_that_a_plan_does_not_name_stay_as_they_are() -> None:
+    program = program_of("llama", 2, 8, 4)
+    first, second = program.site_list
+    after = apply(program, "prune{fill=none}", given={"heads": {second.fqn: {"keep": [0, 1]}}}).program
+    assert after.sites[first.fqn] == first
+    names = [n for n in program.weight_names if not n.startswith(f"{second.fqn}.")]
+    assert all(after.weights[n] is program.weights[n] for n in names)
+
+
 def test_pruning_nothing_is_an_error() -> None:
     program = program_of("llama", 2)
     with pytest.raises(UnsupportedError, match="changed no attention layer"):
