@@ -29,6 +29,9 @@ from attnopt.rewriter.weights import Value, evaluate
 
 Fill = Literal["lsq", "lsq-nobias", "mean", "none"]
 
+#: Relative squared error below which there is nothing to repair: what 16-bit products leave.
+NOISE = 1e-5
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -182,7 +185,7 @@ class _LayerRepair:
 
     def _solve(self, fit: OutputFit) -> tuple[Tensor, Tensor]:
         fill = self.job.settings.fill
-        if fill == "none":
+        if fill == "none" or fit.error_before < NOISE:
             return fit.weight, fit.bias
         if fill == "mean":
             return fit.means() if self.site.o.bias is not None else (fit.weight, fit.bias)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from attnopt.errors import OptionError, UnsupportedError
-from attnopt.rewriter.interpret import LayerRunner
+from attnopt.rewriter.interpret import LayerRunner, run
 from attnopt.rewriter.program import Program
 from tests import models
-from tests.passes.helpers import apply, change, program_of, with_weights
+from tests.passes.helpers import apply, calibration, change, program_of, with_weights
 
 
 def gates_of(program: Program) -> list[torch.Tensor]:
@@ -26,8 +26,10 @@ def gates_of(program: Program) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("router", ["linear", "qnorm"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 4), (16, 4), (16, 2), (8, 8), (8, 1)])
+@pytest.mark.parametrize(("router", "heads", "kv_heads"), [
+    ("linear", 8, 2), ("linear", 8, 4), ("linear", 16, 4), ("linear", 16, 2), ("linear", 8, 8), ("linear", 8, 1),
+    ("qnorm", 8, 2), ("qnorm", 8, 8),
+])  # fmt: skip
 def test_exactly_the_active_share_works_on_every_token(router: str, heads: int, kv_heads: int) -> None:
     program = program_of("llama", 2, heads, kv_heads)
     result = apply(program, f"moh{{active=0.75 router={router} behind=false}}")
@@ -76,7 +78,10 @@ def test_the_fill_is_no_worse_than_zeros_where_it_is_fitted(router: str) -> None
         assert record["error_after"] <= record["error_before"] * (1 + 1e-9)
         assert 0 <= record["agreement"] <= 1
     none = apply(program, f"moh{{active=0.5 router={router} fill=none}}").program
-    assert change(program, result.program) < change(program, none)
+    text = {"input_ids": calibration(seed=5).windows}  # not the text of the fit
+    expected = run(program, **text)["logits"]
+    errors = [models.relative_error(run(p, **text)["logits"], expected) for p in (result.program, none)]
+    assert errors[0] < errors[1]
 
 
 def test_a_planted_rule_is_learnt_by_the_linear_router() -> None:
@@ -93,7 +98,7 @@ def test_a_planted_rule_is_learnt_by_the_linear_router() -> None:
     assert change(dead, result.program) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "mixtral", "bert", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "bert", "gpt2"])
 def test_every_family_routes(family: str) -> None:
     _, program = models.captured(family)
     result = apply(program, "moh{active=0.75}")

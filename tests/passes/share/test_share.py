@@ -61,16 +61,15 @@ def test_equal_keys_and_values_share_exactly() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (8, 4), (16, 4), (16, 2), (8, 8), (8, 1)])
 def test_projections_and_caches_shrink_by_exactly_the_shared_part(heads: int, kv_heads: int) -> None:
-    program = program_of("llama", 4, heads, kv_heads)
-    maps = apply(program, 'share{layers="2,3:1" fill=none}').program
-    assert program.parameters - maps.parameters == 2 * 32 * 8 * (heads + kv_heads)
-    assert program.cached_numbers_per_token - maps.cached_numbers_per_token == 2 * 8 * kv_heads
-    both = apply(program, 'share{layers="2,3:1" edge=kv fill=none}').program
-    assert program.parameters - both.parameters == 2 * 2 * 32 * 8 * kv_heads
-    assert program.cached_numbers_per_token - both.cached_numbers_per_token == 2 * 2 * 8 * kv_heads
-    for i in (2, 3):
-        assert not any(n.endswith((f"{i}.self_attn.q_proj.weight", f"{i}.self_attn.k_proj.weight"))
-                       for n in maps.weight_names)  # fmt: skip
+    program = program_of("llama", 2, heads, kv_heads)
+    maps = apply(program, 'share{layers="1:0" fill=none}').program
+    assert program.parameters - maps.parameters == 32 * 8 * (heads + kv_heads)
+    assert program.cached_numbers_per_token - maps.cached_numbers_per_token == 8 * kv_heads
+    both = apply(program, 'share{layers="1:0" edge=kv fill=none}').program
+    assert program.parameters - both.parameters == 2 * 32 * 8 * kv_heads
+    assert program.cached_numbers_per_token - both.cached_numbers_per_token == 2 * 8 * kv_heads
+    gone = ("1.self_attn.q_proj.weight", "1.self_attn.k_proj.weight")
+    assert not any(name.endswith(gone) for name in maps.weight_names)
 
 
 def test_a_shared_map_is_the_attention_with_the_sources_queries_and_keys() -> None:
@@ -82,17 +81,14 @@ def test_a_shared_map_is_the_attention_with_the_sources_queries_and_keys() -> No
     assert anchor.args[10:] == (1, 2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "mistral", "bert", "gpt2"])
-@pytest.mark.parametrize("edge", ["map", "kv"])
+@pytest.mark.parametrize(("family", "edge"), [
+    ("llama", "map"), ("llama", "kv"), ("qwen3", "map"), ("qwen3", "kv"), ("phi3", "map"), ("bert", "map"),
+    ("gpt2", "kv"),
+])  # fmt: skip
 def test_every_family_shares_and_repairs(family: str, edge: str) -> None:
-    program = program_of(family) if family not in ("gpt2", "gemma2") else models.captured(family)[1]
-    listed = {"gemma2": None, "gpt2": "1"}.get(family, "2")
-    if listed is None:
-        with pytest.raises(UnsupportedError, match="masks differ"):
-            apply(program, f"share{{edge={edge} protect=0}}")
-        return
-    plain = apply(program, f"share{{layers={listed} edge={edge} fill=none}}").program
-    repaired = apply(program, f"share{{layers={listed} edge={edge}}}")
+    _, program = models.captured(family)
+    plain = apply(program, f"share{{layers=1 edge={edge} fill=none}}").program
+    repaired = apply(program, f"share{{layers=1 edge={edge}}}")
     assert change(program, repaired.program, family) < 2 * change(program, plain, family)
     record = next(r for r in repaired.results[0].layers if "share" in r)
     assert record["error_after"] <= record["error_before"]
@@ -121,6 +117,8 @@ def test_bad_plans_are_refused(edit: dict[str, object], words: str) -> None:
 
 
 def test_windows_and_stages_must_agree() -> None:
+    with pytest.raises(UnsupportedError, match="masks differ"):
+        apply(models.captured("gemma2")[1], "share{protect=0}")
     _, swin = models.captured("swin")
     assert not any(Share()._candidates(swin).values())
     _, gemma = models.captured("gemma3")
