@@ -36,7 +36,7 @@ def planted(order: list[int] | None = None) -> Program:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 0, 1]])
 def test_a_planted_duplicate_is_found_and_shares_exactly(order: list[int]) -> None:
     program = planted(order)
-    result = apply(program, "share{fraction=0.25 fill=none reach=1}")
+    result = apply(program, "share{layers=2 fill=none reach=2}")
     (edit,) = result.results[0].plan.edits  # type: ignore[union-attr]
     assert edit.site == SITE.format(2)
     assert edit.edit["map_from"] == SITE.format(1)
