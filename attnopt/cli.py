@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import attnopt
+from attnopt import cli_options as options
 from attnopt.demo import CALIB_TOKENS
 from attnopt.session import INTERRUPTED, Session, report_failure
 
@@ -41,20 +42,6 @@ class Emit(StrEnum):
     deepseek_v3 = "deepseek_v3"
     source = "source"
     attnopt = "attnopt"
-
-
-class Edge(StrEnum):
-    """What a layer reads of an earlier one."""
-
-    map = "map"
-    kv = "kv"
-
-
-class Unit(StrEnum):
-    """What is removed or switched as a whole."""
-
-    kv_group = "kv-group"
-    head = "head"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
@@ -95,18 +82,6 @@ EmitAs = Annotated[
         "--emit",
         help="write for stock transformers (deepseek_v3, or the source's class), for attnopt's class, or choose",
     ),
-]
-
-
-Measure = Annotated[
-    bool, typer.Option("--measure", help="with --dry-run: read weights and text, so that every choice is printed")
-]
-PlanOption = Annotated[
-    Path | None,
-    typer.Option("--plan", metavar="FILE", help="do what a plan says; --dry-run --json prints one to edit"),
-]
-ProfileOption = Annotated[
-    Path | None, typer.Option("--profile", metavar="DIR", help="what attnopt profile measured, for passes that read it")
 ]
 
 
@@ -165,41 +140,20 @@ def convert(
         typer.Option(help="fit each layer to the original after the closed form, or not"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="mla: convert even if the cache grows")] = False,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|SPEC|uniform|free",
-            help='share: layers that read another\'s, e.g. "7,8,25-28"; prune: as many units in each layer, or not',
-        ),
-    ] = None,
-    fraction: Annotated[float | None, typer.Option(help="share: fraction of the layers that read another's")] = None,
-    edge: Annotated[Edge | None, typer.Option(help="share: the attention map, or keys and values")] = None,
-    active: Annotated[float | None, typer.Option(help="moh: fraction of the heads that work on a token")] = None,
-    shared_heads: Annotated[
-        str | None, typer.Option("--shared-heads", metavar="auto|N", help="moh: heads that always work")
-    ] = None,
-    router: Annotated[str | None, typer.Option(metavar="linear|qnorm", help="moh: what scores the heads")] = None,
-    gate: Annotated[
-        str | None, typer.Option(metavar="binary|weighted", help="moh: weighted gates are trained by --recover refit")
-    ] = None,
-    keep_heads: Annotated[
-        float | None, typer.Option("--keep-heads", help="prune: fraction of the heads or groups to keep")
-    ] = None,
-    unit: Annotated[Unit | None, typer.Option(help="prune, moh: key/value groups or query heads")] = None,
-    groups: Annotated[
-        str | None, typer.Option(metavar="even|free", help="prune: as many heads in each group, or any")
-    ] = None,
-    importance: Annotated[
-        str | None, typer.Option(metavar="METRIC", help="prune, moh: measured here, or a metric of the profile")
-    ] = None,
-    fill: Annotated[
-        str | None,
-        typer.Option(metavar="lsq|lsq-nobias|mean|none", help="share, moh, prune: what makes up for the loss"),
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="dimap: fraction to remove")] = None,
-    structured: Annotated[
-        bool, typer.Option("--structured", help="dimap: remove heads and channels, not single weights")
-    ] = False,
+    layers: options.Layers = None,
+    fraction: options.Fraction = None,
+    edge: options.EdgeKind = None,
+    active: options.Active = None,
+    shared_heads: options.SharedHeads = None,
+    router: options.Router = None,
+    gate: options.Gate = None,
+    keep_heads: options.KeepHeads = None,
+    unit: options.UnitKind = None,
+    groups: options.Groups = None,
+    importance: options.Importance = None,
+    fill: options.Fill = None,
+    sparsity: options.Sparsity = None,
+    structured: options.Structured = False,
     emit: EmitAs = Emit.auto,
     calib: Calib = None,
     calib_tokens: CalibTokens = 32768,
@@ -208,10 +162,10 @@ def convert(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
-    profile: ProfileOption = None,
-    plan: PlanOption = None,
+    profile: options.ProfileDir = None,
+    plan: options.PlanFile = None,
     dry_run: DryRun = False,
-    measure: Measure = False,
+    measure: options.Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,
@@ -287,10 +241,10 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
-    profile: ProfileOption = None,
-    plan: PlanOption = None,
+    profile: options.ProfileDir = None,
+    plan: options.PlanFile = None,
     dry_run: DryRun = False,
-    measure: Measure = False,
+    measure: options.Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,

@@ -5,13 +5,15 @@
 
 The first half of the text calibrates, the second half judges. Every result is written; all are loaded in one fresh
 process and compared there with the original. `--decode` measures tokens per second of both models, turn by turn in one
-process. Prints JSON; rows not yet judged go to stderr as they are made.
+process. Prints JSON; rows not yet judged go to stderr as they are made. With `--work`, conversions are kept there, and
+those of the same settings that are there already are only judged.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -41,6 +43,22 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     ),
     "prune to 2 of 3 groups": ("prune", {"keep-heads": 2 / 3}, None),
 }
+
+
+def converted(arguments: argparse.Namespace, name: str, calib: Path, out: Path) -> dict[str, Any]:
+    """The row of a conversion that is there already, or else of one that is made now."""
+    settings = {n: getattr(arguments, n) for n in ("model", "calib_tokens", "context", "seed")} | {
+        "row": ROWS[name][:2]
+    }
+    note = out.parent / f"{out.name}.json"
+    if note.exists() and out.exists():
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept["settings"] == json.loads(json.dumps(settings)):
+            row: dict[str, Any] = kept["row"]
+            return row
+    row = convert(arguments, name, calib, out)
+    note.write_text(json.dumps({"settings": settings, "row": row}), encoding="utf-8")
+    return row
 
 
 def convert(arguments: argparse.Namespace, name: str, calib: Path, out: Path) -> dict[str, Any]:
@@ -120,17 +138,19 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="directory in which to keep conversions, and to find them")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     outs: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="attnopt-methods-") as folder_name:
-        folder = Path(folder_name)
+        folder = arguments.work or Path(folder_name)
+        folder.mkdir(parents=True, exist_ok=True)
         half = first_half(arguments.text, folder)
         for name in ROWS:
             if arguments.only and not any(name.startswith(start) for start in arguments.only):
                 continue
-            outs.append(folder / f"row-{len(rows)}")
-            rows.append(convert(arguments, name, half, outs[-1]))
+            outs.append(folder / re.sub(r"\W+", "-", name))
+            rows.append(converted(arguments, name, half, outs[-1]))
             if arguments.decode:
                 rows[-1]["decode"] = decode_speed(arguments.model, outs[-1])
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnopt.passes.common.reading import OutputNodes, output_nodes
 from attnopt.passes.common.refit import Example, refit
 from attnopt.passes.common.ridge import OutputFit
+from attnopt.passes.mla.job import default_epochs
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
@@ -41,7 +42,7 @@ class Settings:
         fill: "lsq" fits output projection and bias, "lsq-nobias" the projection alone (for classes whose output
             projection has no bias), "mean" the bias alone, "none" nothing.
         refit: fit all weights of each changed layer after the closed form.
-        epochs: passes over the text in a refit.
+        epochs: passes over the text in a refit; None for as many as `default_epochs` says.
         follow: how far a layer's target leads back to the hidden state of the program before, from 0 (what that
             program's layer gives on the rewritten program's state) to 1 (whatever brings the state back).
         behind: repair the layers behind the first changed one as well.
@@ -50,7 +51,7 @@ class Settings:
 
     fill: Fill
     refit: bool = False
-    epochs: int = 4
+    epochs: int | None = None
     follow: float = 0.5
     behind: bool = True
     balance: float = 0.0
@@ -253,7 +254,8 @@ class _LayerRepair:
         for place, batch in enumerate(self.student.batches):
             pools[batch.held_out].append(lambda place=place: example(place))
         seed = self.job.context.seed + site.layer
-        fitted = refit(start, pools[False], pools[True], epochs=settings.epochs, seed=seed)
+        epochs = settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
+        fitted = refit(start, pools[False], pools[True], epochs=epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
         return dict(fitted.weights)
 
