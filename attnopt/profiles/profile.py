@@ -4,8 +4,10 @@
 and holds the per-head and per-layer values; `profile.safetensors` holds all arrays, three per metric:
 
     METRIC/mean         mean over prompts
-    METRIC/std          standard deviation over prompts (0 for what does not depend on text)
+    METRIC/std          standard deviation over prompts
     METRIC/per_prompt   one value per prompt, the first axis
+
+Of what does not depend on text (weights, pictures of one prompt) there is only the mean.
 
 The axes of a metric are named. Models whose layers differ in heads are padded with NaN; NaN also stands wherever a
 metric makes no sense (a pair of layers that cannot share, the first layer as a consumer).
@@ -52,7 +54,8 @@ class MetricInfo:
         help: one line on what it is.
         source: paper and equation, or where it is defined.
         labels: what the entries of the last axis are (windows, patterns, bins); empty if they are just counted.
-        prompts: how many it was measured on; 0 if it depends on the weights alone.
+        prompts: how many it was measured on; 0 if it depends on the weights alone, or is not averaged.
+        stability: how far the ranking of heads can be trusted, see `stability`; empty if there are too few.
     """
 
     version: int
@@ -62,6 +65,12 @@ class MetricInfo:
     source: str = ""
     labels: tuple[str, ...] = ()
     prompts: int = 0
+    stability: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of `PARTS` there are."""
+        return PARTS if self.prompts else PARTS[:1]
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,14 @@ class Profile:
         return self._part(name, "mean")
 
     def std(self, name: str) -> Tensor:
-        """Standard deviation of a metric over prompts, same axes; raises as `metric`."""
-        return self._part(name, "std")
+        """Standard deviation over prompts, same axes; 0 if a metric does not depend on text; raises as `metric`."""
+        mean = self._part(name, "mean")
+        return self._part(name, "std") if self.metrics[name].prompts else torch.zeros_like(mean)
 
     def per_prompt(self, name: str) -> Tensor:
         """A metric by prompt, [prompts, *axes]; [0, *axes] if it does not depend on text; raises as `metric`."""
-        return self._part(name, "per_prompt")
+        mean = self._part(name, "mean")
+        return self._part(name, "per_prompt") if self.metrics[name].prompts else mean.new_zeros(0, *mean.shape)
 
     def _part(self, name: str, part: str) -> Tensor:
         if name not in self.metrics:
@@ -179,7 +190,8 @@ class Profile:
                 "labels": list(info.labels),
                 "n": info.prompts,
                 "shape": list(self.tensors[f"{name}/mean"].shape),
-                **{part: f"{name}/{part}" for part in PARTS},
+                "stability": dict(info.stability),
+                **{part: f"{name}/{part}" for part in info.parts},
             }
             if info.axes in (("site",), ("site", "head"), ("site", "kv_head")):
                 metrics[name]["values"] = _plain(self.metric(name))
@@ -271,6 +283,7 @@ def _info(entry: Mapping[str, Any]) -> MetricInfo:
         source=entry["source"],
         labels=tuple(entry["labels"]),
         prompts=entry["n"],
+        stability=entry["stability"],
     )
 
 
@@ -280,17 +293,17 @@ def _check(profile: Profile, file: Path) -> None:
     Raises:
         SourceError: naming it.
     """
-    expected = {f"{name}/{part}" for name in profile.metrics for part in PARTS}
+    expected = {f"{name}/{part}" for name, info in profile.metrics.items() for part in info.parts}
     if expected != set(profile.tensors):
         odd = ", ".join(sorted(expected ^ set(profile.tensors))[:3])
         raise SourceError(f"{file} and its arrays do not belong together: {odd}", _AGAIN)
     if "program_digest" not in profile.model:
         raise SourceError(f"{file} does not say which model it is of", _AGAIN)
     for name, info in profile.metrics.items():
-        shapes = {part: tuple(profile.tensors[f"{name}/{part}"].shape) for part in PARTS}
+        shapes = {part: tuple(profile.tensors[f"{name}/{part}"].shape) for part in info.parts}
         shape = shapes["mean"]
-        whole = len(shape) == len(info.axes) and shapes["std"] == shape
-        if not whole or shapes["per_prompt"] != (info.prompts, *shape):
+        wanted = {"mean": shape, "std": shape, "per_prompt": (info.prompts, *shape)}
+        if len(shape) != len(info.axes) or any(shapes[part] != wanted[part] for part in info.parts):
             raise SourceError(f"{file}: the arrays of {name} have shapes {shapes}, which do not fit its axes", _AGAIN)
         if info.axes[0] in ("site", "source") and shape[0] != len(profile.sites):
             raise SourceError(f"{file}: {name} is of {shape[0]} layers, the model has {len(profile.sites)}", _AGAIN)
