@@ -267,11 +267,11 @@ def program_digest(program: Program) -> str:
 
 
 def spread(values: Tensor) -> Tensor:
-    """Standard deviation over the first axis, NaN left out; 0 where there are fewer than two values."""
+    """Standard deviation over the first axis, NaN left out; 0 where there is one value, NaN where there is none."""
     count = (~values.isnan()).sum(0)
     centred = values - values.nanmean(0)
     variance = centred.pow(2).nansum(0) / (count - 1).clamp(min=1)
-    return variance.sqrt()
+    return torch.where(count > 0, variance.sqrt(), torch.nan)
 
 
 def _info(entry: Mapping[str, Any]) -> MetricInfo:
