@@ -134,7 +134,7 @@ def make_prompts(
         with tempfile.TemporaryDirectory(prefix="attnopt-profile-") as folder:
             text = from_files(source.tokenizer(), [write_python_topics(Path(folder))], *sizes)
         text = replace(text, source=PYTHON_TOPICS)
-    return Prompts.of_calibration(program, text)
+    return Prompts.of_calibration(text)
 
 
 def _within_positions(program: Program, calibration: CalibrationOptions) -> CalibrationOptions:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.errors import UnsupportedError
+from attnopt.rewriter import ops as _registered  # noqa: F401 - the ops below exist once it is imported
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 

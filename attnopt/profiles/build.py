@@ -69,15 +69,29 @@ def profile_program(
         UnsupportedError: if a layer's attention cannot be taken apart.
     """
     settings, options, reporter = settings or Settings(), options or Options(), reporter or Silent()
+    forward, backward = make_passes(program, prompts, settings, options, site_metrics=site_metrics, reporter=reporter)
+    found = forward.run()
+    gradients = backward.run() if options.gradients else None
+    bins = forward.reader.bins
+    return _assemble(program, prompts, settings, options, identity or {}, found, gradients, bins, site_metrics)
+
+
+def make_passes(
+    program: Program,
+    prompts: Prompts,
+    settings: Settings,
+    options: Options | None = None,
+    *,
+    site_metrics: Sequence[type[SiteMetric]] = (),
+    reporter: Reporter,
+) -> tuple[ForwardPass, BackwardPass]:
+    """The two passes over the layers, ready to run; arguments as for `profile_program`."""
+    options = options or Options()
     runner = LayerRunner(program, options.dtype, options.device)
     reader = LayerReader(program, settings, prompts.images, max(prompts.lengths))
     needles = _needles(program, prompts, settings)
     forward = ForwardPass(runner, reader, prompts, needles, site_metrics, reporter)
-    found = forward.run()
-    gradients = None
-    if options.gradients:
-        gradients = BackwardPass(runner, reader, prompts, settings.seed, reporter).run()
-    return _assemble(program, prompts, settings, options, identity or {}, found, gradients, reader, site_metrics)
+    return forward, BackwardPass(runner, reader, prompts, settings.seed, reporter)
 
 
 def _needles(program: Program, prompts: Prompts, settings: Settings) -> list[Needle]:
@@ -99,10 +113,10 @@ def _assemble(
     identity: Mapping[str, str],
     found: Measured,
     gradients: Collected | None,
-    reader: LayerReader,
+    bins: int,
     site_metrics: Sequence[type[SiteMetric]],
 ) -> Profile:
-    described = describe_all((*FORWARD, *FIRST_ONLY, *BACKWARD), settings, reader.bins)
+    described = describe_all((*FORWARD, *FIRST_ONLY, *BACKWARD), settings, bins)
     described |= lamp.DESCRIBED | retrieval.DESCRIBED | compare.DESCRIBED
     for metric in site_metrics:
         described |= metric.describe()
@@ -122,7 +136,8 @@ def _assemble(
     groups = sharing_groups(
         similarity_graph(tensors["map_correlation_aligned/mean"], tensors["map_reuse_error_aligned/mean"])
     )
-    recent = settings.recent or power_of_two_below(max(prompts.lengths) / 4)
+    causal = all(site.mask.causal for site in program.site_list)
+    recent = settings.recent or power_of_two_below(max(prompts.lengths) / (4 if causal else 8))
     return Profile(
         model={"name": "a module in memory", **identity, "program_digest": program_digest(program)},
         calibration=prompts.to_json(),

@@ -44,7 +44,7 @@ def image_prompts(source: ModelSource, program: Program, files: Sequence[Path], 
     size, channels = _input_size(program.config)
     mean, std = _normalisation(source, channels)
     batches = [{"pixel_values": (_fitted(picture, size, channels) - mean) / std} for picture in pictures]
-    return Prompts.of(program, batches, ", ".join(Path(file).name for file in files), seed)
+    return Prompts.of(batches, ", ".join(Path(file).name for file in files), seed)
 
 
 def _pictures(path: Path, count: int) -> list[Tensor]:

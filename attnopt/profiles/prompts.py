@@ -12,7 +12,6 @@ from torch import Tensor
 
 from attnopt.errors import OptionError
 from attnopt.profiles.calibration import Calibration
-from attnopt.rewriter.program import Program
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,10 @@ class Prompts:
         }
 
     @classmethod
-    def of(cls, program: Program, batches: Sequence[Mapping[str, Tensor]], source: str, seed: int = 0) -> Prompts:
+    def of(cls, batches: Sequence[Mapping[str, Tensor]], source: str, seed: int = 0) -> Prompts:
         """Prompts from batches of inputs; padding that an `attention_mask` marks is cut off.
 
         Args:
-            program: what will be profiled.
             batches: inputs by name, any batch size.
             source, seed: see the attributes.
 
@@ -75,19 +73,19 @@ class Prompts:
         inputs = []
         for batch in batches:
             for row in range(next(iter(batch.values())).shape[0]):
-                inputs.append(_unpadded({name: value[row : row + 1] for name, value in batch.items()}, program))
+                inputs.append(_unpadded({name: value[row : row + 1] for name, value in batch.items()}))
         if not inputs:
             raise OptionError("there is no prompt to profile on", "give at least one")
         return cls(tuple(inputs), source, seed)
 
     @classmethod
-    def of_calibration(cls, program: Program, text: Calibration) -> Prompts:
+    def of_calibration(cls, text: Calibration) -> Prompts:
         """All windows of a calibration text: a profile chooses nothing, so both pools serve."""
         windows = torch.cat([text.windows, text.selection])
-        return cls.of(program, [{"input_ids": windows}], text.source, text.seed)
+        return cls.of([{"input_ids": windows}], text.source, text.seed)
 
 
-def _unpadded(inputs: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
+def _unpadded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = dict(inputs)
     mask = result.pop("attention_mask", None)
     if mask is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from attnopt.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,6 +43,11 @@ class Settings:
     needle_context: int = 256
     spectrum_prompts: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        wide = [*self.windows, *([self.recent] if self.recent is not None else [])]
+        if any(width < 1 or width & (width - 1) for width in wide):
+            raise OptionError(f"windows of {wide} are not all powers of two", "distances are binned by powers of two")
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""

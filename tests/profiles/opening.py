@@ -24,7 +24,7 @@ SETTINGS = Settings(windows=(2, 8), skip=3, recent=8, pair_rows=16)
 @torch.no_grad()
 def views(program: Program, inputs: Mapping[str, Tensor], settings: Settings = SETTINGS) -> list[LayerView]:
     """Every layer of a program on one prompt, in float64."""
-    prompts = Prompts.of(program, [inputs], "test")
+    prompts = Prompts.of([inputs], "test")
     reader = LayerReader(program, settings, prompts.images, max(prompts.lengths))
     runner = LayerRunner(program, torch.float64)
     env = runner.start(prompts.inputs[0])

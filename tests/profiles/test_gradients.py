@@ -33,7 +33,7 @@ class Gradients(BackwardPass):
 
 
 def backward(program: Program, inputs: dict[str, Tensor]) -> tuple[Gradients, Collected]:
-    prompts = Prompts.of(program, [inputs], "test")
+    prompts = Prompts.of([inputs], "test")
     reader = LayerReader(program, SETTINGS, prompts.images, max(prompts.lengths))
     work = Gradients(LayerRunner(program, torch.float64), reader, prompts, 0, Silent())
     return work, work.run()

@@ -26,7 +26,7 @@ def program() -> Program:
 @pytest.fixture(scope="module")
 def profile(program: Program) -> Profile:
     ids = torch.randint(3, planted.VOCAB, (6, 96), generator=torch.Generator().manual_seed(0))
-    return profile_program(program, Prompts.of(program, [{"input_ids": ids}], "random"), SETTINGS)
+    return profile_program(program, Prompts.of([{"input_ids": ids}], "random"), SETTINGS)
 
 
 def strongest(values: Tensor) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ def test_streaming_in_blocks_of_any_size_gives_the_same_profile(
 ) -> None:
     monkeypatch.setattr("attnopt.profiles.attention.ENTRIES", 1 << 30)
     ids = torch.randint(3, planted.VOCAB, (6, 96), generator=torch.Generator().manual_seed(0))
-    again = profile_program(program, Prompts.of(program, [{"input_ids": ids}], "random"), SETTINGS)
+    again = profile_program(program, Prompts.of([{"input_ids": ids}], "random"), SETTINGS)
     for name in profile.metrics:
         torch.testing.assert_close(
             again.metric(name), profile.metric(name), rtol=1e-4, atol=1e-5, equal_nan=True, msg=name
@@ -121,10 +121,8 @@ def test_padding_never_counts(family: str) -> None:
     mask[2, 9:] = 0
     padded = torch.where(mask == 0, 1 if family == "roberta" else 0, ids)
     settings = Settings(windows=(2, 8), skip=4)
-    with_padding = profile_program(
-        program, Prompts.of(program, [{"input_ids": padded, "attention_mask": mask}], "x"), settings
-    )
+    with_padding = profile_program(program, Prompts.of([{"input_ids": padded, "attention_mask": mask}], "x"), settings)
     rows = [{"input_ids": row[:n][None]} for row, n in zip(ids, mask.sum(1).tolist(), strict=True)]
-    without = profile_program(program, Prompts.of(program, rows, "x"), settings)
+    without = profile_program(program, Prompts.of(rows, "x"), settings)
     for name in with_padding.metrics:
         torch.testing.assert_close(with_padding.metric(name), without.metric(name), equal_nan=True, msg=name)

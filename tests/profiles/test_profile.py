@@ -22,7 +22,7 @@ from tests import models
 
 def profiled(family: str = "llama", **changes: Any) -> Profile:
     program = models.captured(family)[1]
-    prompts = Prompts.of(program, [models.inputs(family, 4, 24)], "random")
+    prompts = Prompts.of([models.inputs(family, 4, 24)], "random")
     return profile_program(program, prompts, Settings(windows=(2, 8), skip=4), Options(**changes))
 
 
@@ -151,11 +151,11 @@ def test_prompts_with_holes_are_refused() -> None:
     program = models.captured("bert")[1]
     ids = torch.ones(1, 6, dtype=torch.long)
     with pytest.raises(OptionError, match="between"):
-        Prompts.of(program, [{"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 0]])}], "x")
+        Prompts.of([{"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 0]])}], "x")
     with pytest.raises(OptionError, match="all padding"):
-        Prompts.of(program, [{"input_ids": ids, "attention_mask": torch.zeros(1, 6)}], "x")
+        Prompts.of([{"input_ids": ids, "attention_mask": torch.zeros(1, 6)}], "x")
     with pytest.raises(OptionError, match="no prompt"):
-        Prompts.of(program, [], "x")
+        Prompts.of([], "x")
 
 
 def test_spread_leaves_gaps_out() -> None:

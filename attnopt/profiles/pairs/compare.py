@@ -91,7 +91,7 @@ class LayerComparison:
         """Take the layer at hand on the next prompt."""
         self._now.append(consumer_of(view))
         if len(self._now) == 1:
-            self._signatures.append(signature(view, view.site))
+            self._signatures.append(signature(view))
             self._sinks.append(view.sink)
 
     def end_layer(self) -> None:

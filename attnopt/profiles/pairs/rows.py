@@ -17,7 +17,6 @@ from torch import Tensor
 from attnopt.profiles.attention import AttentionCall
 from attnopt.profiles.settings import Settings
 from attnopt.profiles.view import LayerView
-from attnopt.rewriter.site import AttentionSite
 
 #: At most this many windows of a windowed image model are compared.
 WINDOWS = 8
@@ -159,13 +158,14 @@ def centred(weights: Tensor, view: LayerView, sample: Sample) -> Tensor:
     return torch.nn.functional.pad(shape, (sink, 0))
 
 
-def signature(view: LayerView, site: AttentionSite) -> tuple[object, ...]:
+def signature(view: LayerView) -> tuple[object, ...]:
     """What two layers must have in common for one to read the other's map: sizes, and which keys a query sees."""
     call, hidden = view.call, ""
     if call.bias is not None:
         # Windows that are shifted hide other keys: large negative biases.
         hidden = hashlib.sha256((call.bias < -50).cpu().numpy().tobytes()).hexdigest()
-    return (call.q.shape[0], call.heads, call.groups, call.length, site.mask.causal, call.window, hidden)
+    sizes = (call.q.shape[0], call.heads, call.groups, call.length, call.q.shape[-1], call.v.shape[-1])
+    return (*sizes, call.causal, call.window, hidden)
 
 
 def kept_bytes(view: LayerView) -> int:

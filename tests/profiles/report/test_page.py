@@ -34,7 +34,7 @@ needs_browser = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     program = models.captured("llama-wide-heads")[1]
-    prompts = Prompts.of(program, [models.inputs("llama", 4, 64)], "random")
+    prompts = Prompts.of([models.inputs("llama", 4, 64)], "random")
     settings = Settings(windows=(2, 8), skip=4)
     return profile_program(program, prompts, settings, identity={"name": "a </script> <b>"}, site_metrics=(Spectra,))
 

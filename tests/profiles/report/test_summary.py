@@ -18,7 +18,7 @@ from tests import models
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     program = models.captured("llama")[1]
-    prompts = Prompts.of(program, [models.inputs("llama", 4, 24)], "random")
+    prompts = Prompts.of([models.inputs("llama", 4, 24)], "random")
     return profile_program(program, prompts, Settings(windows=(2, 8), skip=4))
 
 
