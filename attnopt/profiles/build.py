@@ -12,7 +12,7 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.profiles.geometry import power_of_two_below
 from attnopt.profiles.gradients import BACKWARD, BackwardPass
-from attnopt.profiles.groups import MAX_ERROR, MIN_SIMILARITY, sharing_groups, similarity_graph
+from attnopt.profiles.groups import MAX_ERROR, sharing_graph, sharing_groups
 from attnopt.profiles.layers import LayerReader
 from attnopt.profiles.measure import FIRST_ONLY, FORWARD, ForwardPass, Measured
 from attnopt.profiles.metric import Collected, SiteMetric, arrays, describe_all
@@ -134,7 +134,7 @@ def _assemble(
     infos |= {name: described[name] for name in single}
     tensors = arrays(infos, values | single)
     groups = sharing_groups(
-        similarity_graph(tensors["map_correlation_aligned/mean"], tensors["map_reuse_error_aligned/mean"])
+        sharing_graph(tensors["map_correlation_aligned/mean"], tensors["map_reuse_error_aligned/mean"])
     )
     causal = all(site.mask.causal for site in program.site_list)
     recent = settings.recent or power_of_two_below(max(prompts.lengths) / (4 if causal else 8))
@@ -147,7 +147,6 @@ def _assemble(
             **settings.to_json(),
             "recent": recent,
             "group_max_error": MAX_ERROR,
-            "group_min_similarity": MIN_SIMILARITY,
         },
         sites=tuple(site_facts(site) for site in program.site_list),
         metrics=dict(sorted(infos.items())),

@@ -1,9 +1,10 @@
 """Layers that can share attention maps, found as structure of the graph of measured errors.
 
-Nodes are layers, an edge i - j (i < j) says that j can read the maps of i: the error of j's output is measured (heads
-aligned) and at most `MAX_ERROR`, and their maps are at least `MIN_SIMILARITY` alike. A group is a connected run of
-consecutive layers whose first is the source of all others: maps must exist before they are read (order), and they
-should not be kept for long (contiguity). Runs grow from the best edges, so groups do not overlap.
+Nodes are layers, an edge i - j (i < j) says that j can read the maps of i: the error of j's output, measured with heads
+aligned, is at most `MAX_ERROR`. Similarity is noted on the edge, but decides nothing: every pair was measured, and maps
+that are unlike can serve where a layer hardly depends on them. A group is a connected run of consecutive layers whose
+first is the source of all others: maps must exist before they are read (order), and they should not be kept for long
+(contiguity). Groups do not overlap.
 """
 
 from __future__ import annotations
@@ -16,26 +17,20 @@ from attnopt.profiles.profile import SharingGroup
 #: Largest NMSE of a consumer's output. At 0.1 an output keeps a cosine of about 0.95 to its own.
 MAX_ERROR = 0.1
 
-#: Smallest correlation of the consumer's maps to the source's, heads aligned.
-MIN_SIMILARITY = 0.5
 
-
-def similarity_graph(
-    similarity: Tensor, error: Tensor, *, max_error: float = MAX_ERROR, min_similarity: float = MIN_SIMILARITY
-) -> networkx.Graph:
+def sharing_graph(similarity: Tensor, error: Tensor, max_error: float = MAX_ERROR) -> networkx.Graph:
     """Layers, and an edge wherever the later can read the maps of the earlier.
 
     Args:
         similarity: [L, L], of [source, consumer].
         error: [L, L] measured, NaN where it was not.
-        max_error, min_similarity: what an edge needs.
+        max_error: the largest of an edge.
     """
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(similarity)))
     for i in range(len(similarity)):
         for j in range(i + 1, len(similarity)):
-            # Comparisons with NaN are false.
-            if float(error[i, j]) <= max_error and float(similarity[i, j]) >= min_similarity:
+            if float(error[i, j]) <= max_error:  # false for NaN
                 graph.add_edge(i, j, error=float(error[i, j]), similarity=float(similarity[i, j]))
     return graph
 
@@ -44,7 +39,7 @@ def sharing_groups(graph: networkx.Graph) -> tuple[SharingGroup, ...]:
     """Disjoint runs of consecutive layers of which the first is a neighbour of all others; largest savings first.
 
     Args:
-        graph: as `similarity_graph` makes it.
+        graph: as `sharing_graph` makes it.
 
     Returns:
         groups of two layers or more, in layer order.

@@ -148,7 +148,6 @@ def test_nothing_is_half_written(profile: Profile, tmp_path: Path) -> None:
 
 
 def test_prompts_with_holes_are_refused() -> None:
-    program = models.captured("bert")[1]
     ids = torch.ones(1, 6, dtype=torch.long)
     with pytest.raises(OptionError, match="between"):
         Prompts.of([{"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 0]])}], "x")

@@ -47,7 +47,9 @@ class Spectra(SiteMetric):
             "spectrum_key": MetricInfo(1, axes, "", "energy of the keys left after a rank", source),
             "spectrum_value": MetricInfo(1, axes, "", "energy of the values left after a rank", source),
             "spectrum_joint": MetricInfo(1, axes, "", "energy of keys and values left after a rank", source),
-            "spectrum_joint_rope": MetricInfo(1, axes, "", "the same with rotary slots for half the cache", source),
+            "spectrum_joint_rope": MetricInfo(
+                1, axes, "", "energy left beside rotary slots for half the cache", source
+            ),
         }
 
     @classmethod

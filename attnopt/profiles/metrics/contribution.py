@@ -30,7 +30,9 @@ class Contribution(Metric):
         head = ("site", "head")
         return {
             "contribution": MetricInfo(1, head, "high_keep", "mean size of what the head adds", "definition"),
-            "contribution_variance": MetricInfo(1, head, "", "its variance over tokens", "definition"),
+            "contribution_variance": MetricInfo(
+                1, head, "", "variance of what the head adds, over tokens", "definition"
+            ),
             "kv_contribution": MetricInfo(
                 1, ("site", "kv_head"), "high_keep", "mean size of what the KV group adds", "definition"
             ),

@@ -58,7 +58,12 @@ class MapInfluence(Metric):
         return {
             "map_influence": MetricInfo(1, head, "high_keep", "loss change if keys are dropped one by one", source),
             "map_influence_distance": MetricInfo(
-                1, (*head, "bin"), "high_keep", "the same by distance", source, bin_labels(bins)
+                1,
+                (*head, "bin"),
+                "high_keep",
+                "loss change if keys at that distance are dropped",
+                source,
+                bin_labels(bins),
             ),
         }
 

@@ -22,7 +22,9 @@ class QueryNorm(Metric):
         head = ("site", "head")
         return {
             "q_norm": MetricInfo(1, head, "high_keep", "mean size of the queries", "arXiv 2410.11842, 3.3"),
-            "q_norm_variance": MetricInfo(1, head, "", "its variance over tokens", "arXiv 2410.11842, 3.3"),
+            "q_norm_variance": MetricInfo(
+                1, head, "", "variance of the size of the queries, over tokens", "arXiv 2410.11842, 3.3"
+            ),
         }
 
     def result(self) -> dict[str, Tensor]:

@@ -31,14 +31,16 @@ _AXES = ("source", "consumer")
 _OURS = "definition"
 DESCRIBED = {
     "map_cosine": MetricInfo(1, _AXES, "", "cosine of attention maps", "arXiv 2409.14595"),
-    "map_cosine_no_sink": MetricInfo(1, _AXES, "", "the same without attention sinks", _OURS),
+    "map_cosine_no_sink": MetricInfo(1, _AXES, "", "cosine of attention maps without sinks", _OURS),
     "map_correlation": MetricInfo(1, _AXES, "", "correlation of map rows without sinks", _OURS),
-    "map_correlation_aligned": MetricInfo(1, _AXES, "", "the same, heads aligned", _OURS),
+    "map_correlation_aligned": MetricInfo(1, _AXES, "", "correlation of map rows without sinks, heads aligned", _OURS),
     "map_js": MetricInfo(1, _AXES, "", "Jensen-Shannon divergence of map rows, 0 to 1", _OURS),
-    "map_js_aligned": MetricInfo(1, _AXES, "", "the same, heads aligned", _OURS),
+    "map_js_aligned": MetricInfo(1, _AXES, "", "Jensen-Shannon divergence of map rows, heads aligned", _OURS),
     "head_alignment": MetricInfo(1, (*_AXES, "head"), "", "source head that a consumer head matches", _OURS),
     "map_reuse_error": MetricInfo(1, _AXES, "high_keep", "NMSE of the consumer's output with the source's maps", _OURS),
-    "map_reuse_error_aligned": MetricInfo(1, _AXES, "high_keep", "the same, heads aligned", _OURS),
+    "map_reuse_error_aligned": MetricInfo(
+        1, _AXES, "high_keep", "NMSE of the consumer's output with the source's maps, heads aligned", _OURS
+    ),
     "kv_distance": MetricInfo(1, _AXES, "", "distance of keys and values", "arXiv 2410.18517"),
     "kv_reuse_error": MetricInfo(
         1, _AXES, "high_keep", "NMSE of the consumer's output with the source's keys and values", _OURS

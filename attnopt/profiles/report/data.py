@@ -129,7 +129,8 @@ def _typical(profile: Profile) -> list[tuple[str, int, int, float]]:
         order = values.nan_to_num(-math.inf).flatten().argsort(descending=True).tolist()
         places = (divmod(index, values.shape[1]) for index in order)
         layer, head = next((place for place in places if place not in taken), (0, 0))
-        found.append((title, layer, head, float(values[layer, head])))
+        if float(values[layer, head]) > 0:
+            found.append((title, layer, head, float(values[layer, head])))
     return found
 
 

@@ -169,6 +169,6 @@ def test_a_click_shows_the_heads_map(driver: Any, report: Path) -> None:
 def test_an_error_on_the_page_would_be_noticed(driver: Any, report: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     page = report.read_text()
-    broken.write_text(page.replace("draw();\n  byId", "draw();\n  console.error('planted');\n  byId"))
+    broken.write_text(page.replace("\n  draw();\n", "\n  draw();\n  console.error('planted');\n"))
     opened(driver, broken, "light")
     assert any("planted" in entry["message"] for entry in driver.get_log("browser"))

@@ -14,8 +14,9 @@
     ...more,
   });
   const axis = (title, more) => ({
-    title: { text: title }, gridcolor: colour("--line"), zerolinecolor: colour("--line"), ...more,
+    title: { text: title }, exponentformat: "e", gridcolor: colour("--line"), zerolinecolor: colour("--line"), ...more,
   });
+  const places = (count) => ({ dtick: Math.max(1, Math.ceil(count / 24)), tick0: 0 });
   const options = (select, entries) => {
     for (const [value, text] of entries) select.add(new Option(text, value));
   };
@@ -57,8 +58,8 @@
     };
     const height = Math.max(320, Math.min(900, 110 + 18 * metric.values.length));
     Plotly.react("heads", [trace], layout({
-      height, xaxis: axis(kind, { dtick: metric.values[0].length > 24 ? 4 : 1, showgrid: false }),
-      yaxis: axis("layer", { autorange: "reversed", dtick: metric.values.length > 24 ? 4 : 1, showgrid: false }),
+      height, xaxis: axis(kind, { ...places(metric.values[0].length), showgrid: false }),
+      yaxis: axis("layer", { autorange: "reversed", ...places(metric.values.length), showgrid: false }),
     }), config);
   };
   const showHead = (layer, head) => {
@@ -86,8 +87,10 @@
       colorbar: error ? { title: { text: "log10" } } : {},
     };
     Plotly.react("pairs", [trace], layout({
-      shapes, xaxis: axis("consumer (for errors) / layer", { constrain: "domain", showgrid: false }),
-      yaxis: axis("source / layer", { autorange: "reversed", scaleanchor: "x", constrain: "domain", showgrid: false }),
+      shapes, xaxis: axis("layer (of errors: the consumer)", { constrain: "domain", showgrid: false, ...places(z.length) }),
+      yaxis: axis("layer (of errors: the source)", {
+        autorange: "reversed", scaleanchor: "x", constrain: "domain", showgrid: false, ...places(z.length),
+      }),
     }), config);
   };
 
@@ -112,7 +115,7 @@
     }), config);
     Plotly.react("ranks", [{ type: "bar", x: ranks.map((_, layer) => layer), y: ranks.map((r) => (r < 0 ? null : r)),
       hovertemplate: "layer %{x}: rank %{y}<extra></extra>" }],
-    layout({ xaxis: axis("layer"), yaxis: axis("rank needed") }), config);
+    layout({ xaxis: axis("layer", places(ranks.length)), yaxis: axis("rank needed") }), config);
   };
 
   const drawCosts = () => {
@@ -178,6 +181,7 @@
     }));
   }
   draw();
+  if (data.typical.length > 0 && data.heads[0].unit === "head") showHead(data.typical[0][1], data.typical[0][2]);
   byId("heads").on("plotly_click", (event) => showHead(event.points[0].y, event.points[0].x));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   document.documentElement.dataset.ready = "yes";
