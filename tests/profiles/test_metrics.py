@@ -69,7 +69,7 @@ def test_entropy(view: LayerView) -> None:
     seen = torch.arange(length) + 1 if view.call.causal else torch.full((length,), length)
     if view.call.window:
         seen = seen.clamp(max=view.call.window)
-    expected = counted(view, entropy / seen.clamp(min=2).log())
+    expected = counted(view, entropy / seen.clamp(min=2).double().log())
     found = measured(Entropy, view)["entropy"]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert 0 <= float(found.min()) <= float(found.max()) <= 1

@@ -82,7 +82,7 @@ def test_unrelated_maps_do_not_correlate_though_their_cosine_is_high() -> None:
     found = compared(*views)
     assert abs(float(found["map_correlation"][0, 0, 1])) < 0.02
     sink = torch.zeros(1, 1, 1, 256, dtype=torch.float64)
-    sink[..., 0] = 8.0
+    sink[..., 0] = 10.0
     with_sink = [type(v)(**{**vars(v), "call": type(v.call)(**{**vars(v.call), "bias": sink})}) for v in views]
     found = compared(*with_sink)
     assert float(found["map_cosine"][0, 0, 1]) > 0.95
@@ -103,6 +103,12 @@ def test_the_same_layer_is_found_with_its_heads_in_another_order() -> None:
     assert float(found["map_reuse_error_aligned"][0, 0, 1]) == pytest.approx(0, abs=1e-20)
     assert float(found["map_reuse_error"][0, 0, 1]) > 0.01
     assert float(found["map_js_aligned"][0, 0, 1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_rows_without_shape_do_not_make_equal_layers_unlike() -> None:
+    # Rows 3 and 4 have no key, or one, beside the four sinks.
+    found = compared(layer(0), layer(0))
+    assert float(found["map_correlation"][0, 0, 1]) == pytest.approx(1)
 
 
 def test_layers_that_see_other_keys_are_not_compared() -> None:

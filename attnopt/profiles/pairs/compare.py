@@ -138,10 +138,15 @@ class LayerComparison:
 
 
 def _correlations(source: Tensor, consumer: Tensor) -> Tensor:
-    """Mean over rows of the cosine of every two heads' rows, [Hi, Hj] float64. Rows are of unit length, or 0."""
-    rows = source.shape[0] * source.shape[2]
+    """Mean over rows of the cosine of every two heads' rows, [Hi, Hj] float64.
+
+    Rows are of unit length, or 0 where the map is constant. Where both are constant there is nothing to compare; heads
+    that are constant throughout are alike.
+    """
     left, right = source.transpose(0, 1).flatten(1), consumer.transpose(0, 1).flatten(1)
-    return (left @ right.T).double() / rows
+    flat = [(rows.abs().amax(-1) == 0).transpose(0, 1).flatten(1).double() for rows in (source, consumer)]
+    count = flat[0].shape[1] - flat[0] @ flat[1].T
+    return torch.where(count > 0, (left @ right.T).double() / count.clamp(min=1), 1.0)
 
 
 def _similarities(source: LayerRows, consumer: Consumer, sink: int) -> dict[str, float]:
