@@ -105,11 +105,14 @@ class BackwardPass:
         result = torch.zeros_like(hidden)
         vocabulary = int(self.runner.program.config.get("vocab_size") or 65536)
         step = max(16, LOGIT_BYTES // (vocabulary * hidden.element_size()))
-        for first in range(0, hidden.shape[1] - 1, step):
-            last = min(first + step, hidden.shape[1] - 1)
+        if self.runner.head.live_in != (env.stream,):  # some heads are given the length as well (GPT-2)
+            step = hidden.shape[1]
+        for first in range(0, hidden.shape[1], step):
+            last = min(first + step, hidden.shape[1])
             part = hidden[:, first:last].detach().requires_grad_()
             logits = self.runner.finish(env.with_hidden(part))
-            targets = ids[:, first + 1 : last + 1]
+            targets = ids[:, first + 1 : last + 1]  # the last token predicts nothing that is known
+            logits = logits[:, : targets.shape[1]]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             (result[:, first:last],) = torch.autograd.grad(loss, part)
         return result

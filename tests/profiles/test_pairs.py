@@ -85,7 +85,7 @@ def test_unrelated_maps_do_not_correlate_though_their_cosine_is_high() -> None:
     sink[..., 0] = 10.0
     with_sink = [type(v)(**{**vars(v), "call": type(v.call)(**{**vars(v.call), "bias": sink})}) for v in views]
     found = compared(*with_sink)
-    assert float(found["map_cosine"][0, 0, 1]) > 0.95
+    assert float(found["map_cosine"][0, 0, 1]) > 0.9
     assert abs(float(found["map_correlation"][0, 0, 1])) < 0.02
 
 
