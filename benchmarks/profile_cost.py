@@ -5,7 +5,8 @@
 
 All in this process: the forward pass through transformers (logits included), then all metrics that need no gradient,
 then those that do, on the very same prompts; `--repeats` times in turn, medians. Prints JSON: times, ratios, limits,
-and the peak resident set.
+and the peak resident set. Beside the seconds on the clock there are those of the processor, which are to be trusted
+where other programs compete for the cores (run with one thread then: idle threads spin).
 
 `--memory` measures no time: it profiles prompts of the given length and of half of it, each in a fresh process, and
 prints their peaks above that of the opened model. Memory that grows with the square of the length would quadruple.
@@ -19,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,20 @@ LIMIT = 6.0
 RSS_LIMIT = 2_500_000_000
 
 
-def forward_seconds(network: Any, ids: Any) -> float:
-    """Seconds of a plain forward pass over prompts, one at a time, logits included."""
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds that some work takes, on the clock and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    return {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}
+
+
+def forward(network: Any, ids: Any) -> None:
+    """A plain forward pass over prompts, one at a time, logits included."""
     import torch
 
     with torch.inference_mode():
-        began = time.perf_counter()
         for prompt in ids:
             network(input_ids=prompt[None], use_cache=False)
-        return time.perf_counter() - began
 
 
 def load(model: str) -> Any:
@@ -71,27 +79,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     text = from_files(source.tokenizer(), [arguments.text], max(tokens, 2 * arguments.context), arguments.context)
     prompts = Prompts.of_calibration(text)
     prompts = Prompts(prompts.inputs[: arguments.prompts], prompts.source, prompts.seed)
-    seconds: dict[str, list[float]] = {"forward": [], "forward_metrics": [], "gradient_metrics": []}
+    seconds: dict[str, list[dict[str, float]]] = {"forward": [], "forward_metrics": [], "gradient_metrics": []}
     peaks = {}
     for _ in range(1 if arguments.only_profile else arguments.repeats):
-        forward, backward = make_passes(program, prompts, Settings(), site_metrics=(Spectra,), reporter=Silent())
-        began = time.perf_counter()
-        forward.run()
-        seconds["forward_metrics"].append(time.perf_counter() - began)
+        heads, gradients = make_passes(program, prompts, Settings(), site_metrics=(Spectra,), reporter=Silent())
+        seconds["forward_metrics"].append(timed(heads.run))
         peaks["forward_metrics"] = peak_rss_bytes()
-        began = time.perf_counter()
-        backward.run()
-        seconds["gradient_metrics"].append(time.perf_counter() - began)
+        seconds["gradient_metrics"].append(timed(gradients.run))
         peaks["gradient_metrics"] = peak_rss_bytes()
-        del forward, backward
+        del heads, gradients
         if arguments.only_profile:
             break
         # Last, and dropped again: a profile need not hold the whole model, and its memory should not be counted.
         network = load(arguments.model)
-        forward_seconds(network, torch.cat([p["input_ids"] for p in prompts.inputs[:1]]))
-        seconds["forward"].append(forward_seconds(network, torch.cat([p["input_ids"] for p in prompts.inputs])))
+        ids = torch.cat([p["input_ids"] for p in prompts.inputs])
+        forward(network, ids[:1])
+        seconds["forward"].append(timed(partial(forward, network, ids)))
         del network
-    medians = {name: statistics.median(values) for name, values in seconds.items() if values}
+    medians = {
+        kind: {name: statistics.median(one[kind] for one in runs) for name, runs in seconds.items() if runs}
+        for kind in ("clock", "processor")
+    }
     document: dict[str, Any] = {
         "model": source.name,
         "prompts": len(prompts),
@@ -101,9 +109,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_rss_bytes": peaks,
         "rss_limit": RSS_LIMIT,
     }
-    if "forward" in medians:
+    if seconds["forward"]:
         document["forward_passes"] = {
-            name: medians[name] / medians["forward"] for name in ("forward_metrics", "gradient_metrics")
+            kind: {name: took[name] / took["forward"] for name in ("forward_metrics", "gradient_metrics")}
+            for kind, took in medians.items()
         }
         document["limit"] = LIMIT
     return document

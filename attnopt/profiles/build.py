@@ -20,7 +20,7 @@ from attnopt.profiles.metrics import lamp, retrieval
 from attnopt.profiles.metrics.retrieval import Needle, make_needles
 from attnopt.profiles.pairs import compare
 from attnopt.profiles.predict import predictions
-from attnopt.profiles.profile import MetricInfo, Profile, program_digest
+from attnopt.profiles.profile import MetricInfo, Profile, SharingGroup, program_digest
 from attnopt.profiles.prompts import Prompts
 from attnopt.profiles.settings import Settings
 from attnopt.profiles.stability import stability
@@ -133,9 +133,10 @@ def _assemble(
     infos = {name: _with_stability(info, values[name], settings.seed) for name, info in infos.items()}
     infos |= {name: described[name] for name in single}
     tensors = arrays(infos, values | single)
-    groups = sharing_groups(
-        sharing_graph(tensors["map_correlation_aligned/mean"], tensors["map_reuse_error_aligned/mean"])
-    )
+    groups: tuple[SharingGroup, ...] = ()
+    if "map_reuse_error_aligned" in infos:
+        similarity, error = tensors["map_correlation_aligned/mean"], tensors["map_reuse_error_aligned/mean"]
+        groups = sharing_groups(sharing_graph(similarity, error))
     causal = all(site.mask.causal for site in program.site_list)
     recent = settings.recent or power_of_two_below(max(prompts.lengths) / (4 if causal else 8))
     return Profile(
@@ -184,6 +185,8 @@ def _absent(
             reasons = [kinds[name].obstacle(site) for site in program.site_list]
         elif name in retrieval.DESCRIBED:
             reasons = ["needles need a causal model that reads tokens, and prompts of 8 tokens or more"]
+        elif name in compare.DESCRIBED:
+            reasons = ["no two layers have heads of the same sizes that see the same keys"]
         elif name in lamp.DESCRIBED:
             reasons = ["latent attention shares its keys' weights between heads"]
         result[name] = next((reason for reason in reasons if reason), "it makes no sense for this model's layers")

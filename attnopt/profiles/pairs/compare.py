@@ -125,16 +125,18 @@ class LayerComparison:
                     self._values[name][prompt, j, i] = value
 
     def result(self) -> dict[str, Tensor]:
-        """All arrays by name, [prompts, ...]."""
+        """All arrays by name, [prompts, ...]; only those of single layers where no two layers could be compared."""
         most = max(matrix.shape[0] for layer in self._redundancy for matrix in layer)
         redundancy = torch.full((self.prompts, self.layers, most, most), torch.nan, dtype=torch.float64)
         for layer, matrices in enumerate(self._redundancy):
             for prompt, matrix in enumerate(matrices):
                 redundancy[prompt, layer, : len(matrix), : len(matrix)] = matrix
+        if not self._alignment:
+            return {"head_redundancy": redundancy}
         alignment = torch.full((self.layers, self.layers, most), torch.nan, dtype=torch.float64)
         for (i, j), order in self._alignment.items():
             alignment[i, j, : len(order)] = order.double()
-        return {**self._values, "head_redundancy": redundancy, "head_alignment": alignment}
+        return {"head_redundancy": redundancy, **self._values, "head_alignment": alignment}
 
 
 def _correlations(source: Tensor, consumer: Tensor) -> Tensor:
