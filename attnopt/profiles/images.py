@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy
 import torch
@@ -57,7 +58,7 @@ def _pictures(path: Path, count: int) -> list[Tensor]:
         with numpy.load(path, allow_pickle=False) as archive:
             name = "images" if "images" in archive.files else archive.files[0]
             stored = archive[name]
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, EOFError, BadZipFile, ValueError, IndexError, KeyError) as error:
         raise SourceError(f"cannot read pictures from {path}: {error}", "check the file") from error
     if stored.ndim not in (3, 4) or len(stored) == 0:
         raise SourceError(

@@ -69,7 +69,7 @@ def test_pictures(cli: Run, tmp_path: Path, shape: tuple[int, ...]) -> None:
 def test_a_directory_of_pictures(cli: Run, tmp_path: Path) -> None:
     from PIL import Image
 
-    model = models.save("swin", tmp_path / "swin")
+    model = models.save("vit", tmp_path / "vit")
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for index in range(4):
@@ -89,6 +89,7 @@ def test_a_directory_of_pictures(cli: Run, tmp_path: Path) -> None:
         (None, None, "calibration pictures"),
         ("words.txt", b"words", "holds no pictures"),
         ("empty.npz", b"", "cannot read pictures"),
+        ("cut.npz", b"PK\x03\x04", "cannot read pictures"),
         ("missing.npz", None, "cannot read pictures"),
     ],
 )

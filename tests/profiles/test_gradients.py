@@ -74,7 +74,7 @@ def test_gradient_is_that_of_a_gate_on_the_model(family: str) -> None:
             assert slope == pytest.approx(measured, rel=2e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "swin"])
+@pytest.mark.parametrize("family", ["bert", "swin"])
 def test_models_without_a_loss_are_ranked_by_their_output(family: str) -> None:
     program = models.captured(family)[1]
     inputs = {name: value[:2] for name, value in models.inputs(family, 2, 12).items()}
@@ -112,20 +112,6 @@ def test_map_effect_is_exact_for_a_linear_loss() -> None:
             torch.testing.assert_close(found[:, :, t, j], change.abs(), rtol=1e-9, atol=1e-12)
     # The first row has one key: its whole effect goes.
     torch.testing.assert_close(found[:, :, 0, 0], of_map[:, :, 0, 0].abs())
-
-
-def test_a_dead_head_has_no_influence() -> None:
-    from attnopt.rewriter.capture import capture_module
-
-    model = models.build("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[:, 8:16] = 0
-    program = capture_module(model)
-    _, found = backward(program, {"input_ids": models.inputs("llama", 1, 12)["input_ids"]})
-    for name in ("michel", "map_influence"):
-        values = found.array(name)[0]
-        assert float(values[1, 1]) == 0
-        assert float(values[1, 0]) > 0
 
 
 def test_michel_adds_up_over_prompts() -> None:

@@ -16,7 +16,7 @@ from attnopt.profiles.profile import JSON_NAME, TENSORS_NAME, Profile, spread
 from attnopt.profiles.prompts import Prompts
 from attnopt.profiles.settings import Settings
 from attnopt.rewriter.capture import capture_module
-from attnopt.rewriter.program import HistoryEntry
+from attnopt.rewriter.program import HistoryEntry, Program
 from tests import models
 
 
@@ -29,6 +29,12 @@ def profiled(family: str = "llama", **changes: Any) -> Profile:
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     return profiled()
+
+
+@pytest.fixture(scope="module")
+def other() -> Program:
+    """A model of the same layers with other weights."""
+    return capture_module(models.build("llama", seed=1))
 
 
 @pytest.fixture
@@ -73,17 +79,16 @@ def test_document(saved: Path) -> None:
     assert methods["mla 0.5"]["cached_numbers"]["1024"] == [512 * site.cached_numbers_per_token] * 2
 
 
-def test_another_model_is_refused(profile: Profile) -> None:
+def test_another_model_is_refused(profile: Profile, other: Program) -> None:
     profile.require(models.captured("llama")[1])
     with pytest.raises(OptionError, match="weights are not those"):
-        profile.require(capture_module(models.build("llama", seed=1)))
+        profile.require(other)
     with pytest.raises(OptionError):
         profile.require(models.captured("bert")[1])
 
 
-def test_a_rewritten_program_is_compared_by_its_layers(profile: Profile) -> None:
-    changed = capture_module(models.build("llama", seed=1)).replace(history=(HistoryEntry("to-x"),))
-    profile.require(changed)
+def test_a_rewritten_program_is_compared_by_its_layers(profile: Profile, other: Program) -> None:
+    profile.require(other.replace(history=(HistoryEntry("to-x"),)))
     bert = models.captured("bert")[1].replace(history=(HistoryEntry("to-x"),))
     with pytest.raises(OptionError, match="layers are not those"):
         profile.require(bert)
