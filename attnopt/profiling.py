@@ -54,7 +54,7 @@ def profile_model(
     from attnopt.evaluate import peak_rss_bytes
     from attnopt.passes.mla.spectra import Spectra
     from attnopt.passes.registry import REGISTRY
-    from attnopt.profiles.build import Options, profile_program, unusable
+    from attnopt.profiles.build import Options, profile_program, require_finite
     from attnopt.profiles.report.page import REPORT_NAME, write_report
     from attnopt.profiles.settings import Settings
 
@@ -77,7 +77,7 @@ def profile_model(
             site_metrics=(Spectra,),
             reporter=reporter,
         )
-        unusable(profile)
+        require_finite(profile)
         profile.save(staging.path)
         name = str(Path(model).resolve() if Path(model).exists() else model)
         write_report(profile, staging.path / REPORT_NAME, model=name, methods=tuple(REGISTRY.methods))
@@ -121,7 +121,7 @@ def make_prompts(
         return image_prompts(source, program, calibration.files, PICTURES, calibration.seed)
     if "input_ids" not in program.inputs:
         raise UnsupportedError(f"{source.name} reads neither text nor images, so there is nothing to profile it on")
-    calibration = _within_positions(program, calibration)
+    calibration = within_positions(program, calibration)
     sizes = (calibration.tokens, calibration.context, calibration.seed)
     if calibration.files:
         text = from_files(source.tokenizer(), calibration.files, *sizes)
@@ -137,7 +137,7 @@ def make_prompts(
     return Prompts.of_calibration(text)
 
 
-def _within_positions(program: Program, calibration: CalibrationOptions) -> CalibrationOptions:
+def within_positions(program: Program, calibration: CalibrationOptions) -> CalibrationOptions:
     """Shorter prompts for models that know fewer positions, as encoders do; the number of tokens stays."""
     known = program.config.get("max_position_embeddings")
     padding = program.config.get("pad_token_id") if program.model_type in ("roberta", "xlm-roberta") else None

@@ -209,14 +209,12 @@ def site_facts(site: AttentionSite) -> dict[str, Any]:
     }
 
 
-def unusable(profile: Profile) -> None:
-    """Refuse a profile whose values are not finite.
+def require_finite(profile: Profile) -> None:
+    """Refuse a profile that holds infinite values.
 
     Raises:
         UnsupportedError: naming the metric.
     """
     for name in profile.metrics:
         if bool(profile.metric(name).isinf().any()):
-            raise UnsupportedError(
-                f"{name} is not finite: the model's activations on the prompts are not", "check its weights"
-            )
+            raise UnsupportedError(f"{name} is not finite on these prompts", "check the model's weights")

@@ -81,8 +81,8 @@ class LayerReader:
         """Run a layer's attention on a prompt.
 
         Raises:
-            UnsupportedError: if the heads' terms do not add up to the layer's output, so that no value per head would
-                mean what it says.
+            UnsupportedError: if the layer's output is not finite, or the heads' terms do not add up to it, so that no
+                value per head would mean what it says.
         """
         site = layer.segment.site
         assert site is not None
@@ -90,6 +90,8 @@ class LayerReader:
         nodes = [*argument_nodes(arguments), site.nodes.attention, site.nodes.output, site.nodes.input]
         values = layer.evaluate_all(env, list(dict.fromkeys(nodes)))
         view = self.view(layer, env, arguments, values)
+        if not bool(view.output.isfinite().all()):
+            raise UnsupportedError(f"{site.fqn}: its output on a prompt is not finite", "check the model's weights")
         expected = torch.einsum("nthv,hvd->ntd", view.context, view.w_o)
         if view.b_o is not None:
             expected = expected + view.b_o
