@@ -312,8 +312,9 @@ class Profiled:
         if quiet:
             return self.output
         shown = [name for name in ("contribution", "distant_mass", "retrieval") if name in self.profile.metrics]
-        maps = {f"{name}: {self.profile.metrics[name].help}": self.profile.metric(name).tolist() for name in shown}
-        said = [f"- {finding.text}" for finding in findings(self.profile)]
+        maps = {name: self.profile.metric(name).tolist() for name in shown}
+        said = [f"{name}: {self.profile.metrics[name].help}" for name in shown]
+        said += ["", *(f"- {finding.text}" for finding in findings(self.profile))]
         closing = f"{self.seconds:.0f} s, at most {gigabytes(self.peak_rss_bytes)} of memory: {self.output}/report.html"
         return Group(heat_maps(maps), "\n".join(["", *said, "", closing]))
 

@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = Prompts.of_calibration(text)
     prompts = Prompts(prompts.inputs[: arguments.prompts], prompts.source, prompts.seed)
     seconds: dict[str, list[dict[str, float]]] = {"forward": [], "forward_metrics": [], "gradient_metrics": []}
-    peaks = {}
+    peaks = {"capture": peak_rss_bytes()}
     for _ in range(1 if arguments.only_profile else arguments.repeats):
         heads, gradients = make_passes(program, prompts, Settings(), site_metrics=(Spectra,), reporter=Silent())
         seconds["forward_metrics"].append(timed(heads.run))

@@ -4,7 +4,8 @@ Nodes are layers, an edge i - j (i < j) says that j can read the maps of i: the 
 aligned, is at most `MAX_ERROR`. Similarity is noted on the edge, but decides nothing: every pair was measured, and maps
 that are unlike can serve where a layer hardly depends on them. A group is a connected run of consecutive layers whose
 first is the source of all others: maps must exist before they are read (order), and they should not be kept for long
-(contiguity). Groups do not overlap.
+(contiguity). Where layers of several kinds alternate, with and without a window or a shift, no map serves the other
+kind, and consecutive means that no layer of the same kind lies between. Groups do not overlap.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ MAX_ERROR = 0.1
 
 
 def sharing_graph(similarity: Tensor, error: Tensor, max_error: float = MAX_ERROR) -> networkx.Graph:
-    """Layers, and an edge wherever the later can read the maps of the earlier.
+    """Layers, the next layer of the same kind, and an edge wherever the later can read the maps of the earlier.
 
     Args:
         similarity: [L, L], of [source, consumer].
-        error: [L, L] measured, NaN where it was not.
+        error: [L, L] measured, NaN where it was not: layers of another kind.
         max_error: the largest of an edge.
     """
     graph = networkx.Graph()
     graph.add_nodes_from(range(len(similarity)))
     for i in range(len(similarity)):
-        for j in range(i + 1, len(similarity)):
-            if float(error[i, j]) <= max_error:  # false for NaN
+        alike = [j for j in range(i + 1, len(similarity)) if not bool(error[i, j].isnan())]
+        graph.nodes[i]["next"] = alike[0] if alike else None
+        for j in alike:
+            if float(error[i, j]) <= max_error:
                 graph.add_edge(i, j, error=float(error[i, j]), similarity=float(similarity[i, j]))
     return graph
 
@@ -39,23 +42,23 @@ def sharing_groups(graph: networkx.Graph) -> tuple[SharingGroup, ...]:
     """Disjoint runs of consecutive layers of which the first is a neighbour of all others; largest savings first.
 
     Args:
-        graph: as `sharing_graph` makes it.
+        graph: as `sharing_graph` makes it, whose nodes know the next layer of their kind.
 
     Returns:
         groups of two layers or more, in layer order.
     """
     groups = []
     for component in networkx.connected_components(graph):
-        for run in _runs(sorted(component)):
+        for run in _runs(graph, sorted(component)):
             groups += _split(graph, run)
     return tuple(sorted(groups, key=lambda group: group.layers))
 
 
-def _runs(layers: list[int]) -> list[list[int]]:
-    """Maximal runs of consecutive numbers."""
+def _runs(graph: networkx.Graph, layers: list[int]) -> list[list[int]]:
+    """Maximal runs of layers each of which is the next of its kind."""
     runs: list[list[int]] = []
     for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
+        if runs and layer == graph.nodes[runs[-1][-1]]["next"]:
             runs[-1].append(layer)
         else:
             runs.append([layer])

@@ -75,7 +75,7 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class SharingGroup:
-    """Consecutive layers that can read one layer's attention maps.
+    """Consecutive layers of a kind that can read the attention maps of the first.
 
     Attributes:
         layers: indices, ascending; the first is the source.
@@ -91,6 +91,13 @@ class SharingGroup:
     def source(self) -> int:
         """The layer whose maps are read."""
         return self.layers[0]
+
+    @property
+    def named(self) -> str:
+        """ "2-5", or "2, 4" where layers of another kind lie between."""
+        first, last = self.layers[0], self.layers[-1]
+        whole = last - first + 1 == len(self.layers)
+        return f"{first}-{last}" if whole else ", ".join(map(str, self.layers))
 
 
 @dataclass(frozen=True, eq=False)

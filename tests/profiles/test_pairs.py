@@ -151,7 +151,7 @@ def test_jensen_shannon_bounds() -> None:
 
 
 def graph_of(edges: dict[tuple[int, int], float], layers: int = 8) -> networkx.Graph:
-    error = torch.full((layers, layers), torch.nan)
+    error = torch.full((layers, layers), 1.0)
     similarity = torch.full((layers, layers), 0.9)
     for (i, j), value in edges.items():
         error[i, j] = value
@@ -162,6 +162,7 @@ def test_groups_are_runs_whose_first_serves_all() -> None:
     groups = sharing_groups(graph_of({(1, 2): 0.01, (1, 3): 0.02, (2, 3): 0.01, (5, 6): 0.05, (3, 6): 0.01}))
     assert [group.layers for group in groups] == [(1, 2, 3), (5, 6)]
     assert groups[0].source == 1
+    assert groups[0].named == "1-3"
     assert groups[0].error == pytest.approx(0.02)
 
 
@@ -172,6 +173,17 @@ def test_a_chain_without_its_first_edge_is_cut() -> None:
     # Cutting so that most layers share beats the best single edge.
     groups = sharing_groups(graph_of({(0, 1): 0.05, (1, 2): 0.001, (2, 3): 0.05}))
     assert [group.layers for group in groups] == [(0, 1), (2, 3)]
+
+
+def test_layers_of_another_kind_do_not_come_between() -> None:
+    # Even layers are shifted, as in Swin: none of them can read an odd one's maps.
+    error = torch.full((6, 6), torch.nan)
+    for i, j in itertools.combinations(range(6), 2):
+        if (j - i) % 2 == 0:
+            error[i, j] = 0.01 if i % 2 == 0 else 1.0
+    (group,) = sharing_groups(sharing_graph(torch.ones(6, 6), error))
+    assert group.layers == (0, 2, 4)
+    assert group.named == "0, 2, 4"
 
 
 def test_layers_apart_do_not_group_and_bad_edges_do_not_count() -> None:

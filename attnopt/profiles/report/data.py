@@ -45,7 +45,7 @@ def report_data(profile: Profile) -> dict[str, Any]:
         "sites": [dict(site) for site in profile.sites],
         "heads": heads,
         "pairs": pairs,
-        "groups": [list(group.layers) for group in profile.groups],
+        "groups": [{"layers": list(group.layers), "named": group.named} for group in profile.groups],
         "spectra": _spectra(profile),
         "pictures": _pictures(profile),
         "typical": _typical(profile),

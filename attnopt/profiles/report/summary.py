@@ -18,6 +18,9 @@ RETRIEVES_FROM = 0.1
 KEEPS = (0.25, 0.33, 0.5, 0.67, 0.75)
 LOST_ENERGY = 0.02
 
+#: Share of the attention on sinks from which it is worth a word.
+INFLATES_FROM = 0.1
+
 #: A KV group that adds less than this share of its layer's mean is weak.
 WEAK = 0.25
 
@@ -89,17 +92,23 @@ def _sharing(profile: Profile, model: str) -> list[Finding]:
     if not profile.groups:
         if "map_reuse_error_aligned" not in profile.metrics or len(profile.sites) < 2:
             return []
-        errors = profile.metric("map_reuse_error_aligned")
-        real = errors[~errors.isnan() & (errors > 0)]
-        best = f"; the best pair loses {float(real.min()):.0%} of its output" if len(real) else ""
-        return [Finding(f"No layers can share attention maps as they are{best}.")]
-    runs = ", ".join(f"{group.layers[0]}-{group.layers[-1]}" for group in profile.groups)
+        errors = profile.metric("map_reuse_error_aligned").nan_to_num(torch.inf).fill_diagonal_(torch.inf)
+        source, consumer = divmod(int(errors.argmin()), len(errors))
+        return [
+            Finding(
+                "No layer can read the attention maps of the layer before it as they are; of all pairs, layer "
+                f"{consumer} with the maps of layer {source} loses least ({float(errors.min()):.1%}, NMSE)."
+            )
+        ]
+    runs = "; ".join(group.named for group in profile.groups)
     shared = sum(len(group.layers) - 1 for group in profile.groups)
+    layers = (
+        "1 layer can read the attention maps of one" if shared == 1 else f"{shared} layers can read the maps of one"
+    )
     worst = max(group.error for group in profile.groups)
     return [
         Finding(
-            f"{shared} layers can read the attention maps of a layer before them (groups {runs}); "
-            f"their outputs then change by at most {worst:.1%} (NMSE, measured).",
+            f"{layers} before them (groups {runs}); an output then changes by at most {worst:.1%} (NMSE, measured).",
             f"attnopt convert {model} --to share --edge map -o OUT",
             "share",
         )
@@ -174,11 +183,13 @@ def _sinks(profile: Profile) -> list[Finding]:
     if "sink_mass" not in profile.metrics:
         return []
     mass = profile.metric("sink_mass")
-    heavy, real = int((mass > 0.5).sum()), int((~mass.isnan()).sum())
+    share, heavy, real = float(mass.nanmean()), int((mass > 0.5).sum()), int((~mass.isnan()).sum())
+    if share < INFLATES_FROM:
+        return []
     return [
         Finding(
-            f"{float(mass.nanmean()):.0%} of all attention is on the sinks; {heavy} of {real} heads give them more "
-            "than half. Plain similarity of maps is inflated by that; the groups above are not."
+            f"{share:.0%} of all attention is on the sinks; {heavy} of {real} heads give them more than half. Plain "
+            "similarity of maps is inflated by that; map_correlation and measured errors are not."
         )
     ]
 
@@ -192,7 +203,8 @@ def _duplicates(profile: Profile) -> list[Finding]:
     if not pairs:
         return []
     named = ", ".join(f"{layer}.{a} = {layer}.{b}" for layer, a, b in pairs[:6])
-    return [Finding(f"{len(pairs)} pairs of heads of a layer have nearly the same maps (layer.head: {named}).")]
+    what = "pair of heads of a layer has" if len(pairs) == 1 else "pairs of heads of a layer have"
+    return [Finding(f"{len(pairs)} {what} nearly the same maps (layer.head: {named}).")]
 
 
 def _named(values: Tensor, chosen: Tensor, most: int = 8) -> str:

@@ -50,7 +50,12 @@ def test_sharing(profile: Profile) -> None:
     assert "--to share --edge map" in said(shared)
     assert "--to share" not in said(shared, methods=("mla",))
     assert "groups 0-1" in said(shared, methods=("mla",))
-    assert "No layers can share" in said(replace(profile, groups=()))
+    errors = torch.tensor([[0.0, 0.25], [torch.nan, 0.0]])
+    apart = with_metric(replace(profile, groups=()), "map_reuse_error_aligned", errors, ("source", "consumer"))
+    assert "layer 1 with the maps of layer 0 loses least (25.0%" in said(apart)
+    alternating = replace(profile, groups=(SharingGroup((0, 2, 4), 0.9, 0.02), SharingGroup((5, 6), 0.9, 0.02)))
+    assert "3 layers" in said(alternating)
+    assert "groups 0, 2, 4; 5-6" in said(alternating)
 
 
 def test_weak_groups(profile: Profile) -> None:
@@ -75,7 +80,8 @@ def test_retrieval_sinks_and_duplicates(profile: Profile) -> None:
     assert "(layer.head: 1.2)" in said(with_metric(profile, "retrieval", scores, ("site", "head")))
     sinks = torch.full((2, 4), 0.75)
     assert "75% of all attention" in said(with_metric(profile, "sink_mass", sinks, ("site", "head")))
+    assert "of all attention" not in said(with_metric(profile, "sink_mass", sinks / 10, ("site", "head")))
     alike = torch.eye(4).repeat(2, 1, 1)
     alike[1, 0, 3] = alike[1, 3, 0] = 0.99
     found = said(with_metric(profile, "head_redundancy", alike, ("site", "head", "head")))
-    assert "1.0 = 1.3" in found
+    assert "1 pair of heads of a layer has nearly the same maps (layer.head: 1.0 = 1.3)" in found

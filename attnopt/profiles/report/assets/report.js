@@ -75,10 +75,15 @@
     byId("pair-help").textContent = `${metric.help} (${metric.source})`;
     const text = metric.values.map((row, i) => row.map((value, j) =>
       `source ${i}, consumer ${j}<br>${metric.name} ${plain(value)} ± ${plain(metric.spread[i][j])} over ${metric.prompts}`));
-    const shapes = data.groups.map((group) => ({
-      type: "rect", x0: group[0] - 0.5, y0: group[0] - 0.5, x1: group[group.length - 1] + 0.5,
-      y1: group[group.length - 1] + 0.5, line: { color: colour("--accent"), width: 3 },
-    }));
+    const frame = (x0, x1, y0, y1) => ({
+      type: "rect", x0: x0 - 0.5, x1: x1 + 0.5, y0: y0 - 0.5, y1: y1 + 0.5, line: { color: colour("--accent"), width: 3 },
+    });
+    // One square, or each pair where layers of another kind lie between.
+    const shapes = data.groups.flatMap(({ layers }) => {
+      const first = layers[0], last = layers[layers.length - 1];
+      if (last - first + 1 === layers.length) return [frame(first, last, first, last)];
+      return layers.slice(1).map((consumer) => frame(consumer, consumer, first, first));
+    });
     // Errors differ by orders of magnitude: their colours follow the logarithm.
     const error = metric.name.includes("error");
     const z = error ? metric.values.map((row) => row.map((v) => (v === null || v <= 0 ? null : Math.log10(v)))) : metric.values;
@@ -152,7 +157,7 @@
     byId("pair-metric").value = Math.max(0, preferred);
     byId("pair-metric").addEventListener("change", drawPairs);
     byId("group-note").textContent = data.groups.length
-      ? `Outlined: layers that can share maps, ${data.groups.map((g) => `${g[0]}-${g[g.length - 1]}`).join(", ")}.`
+      ? `Outlined: layers that can share maps, ${data.groups.map((group) => group.named).join("; ")}.`
       : "No layers were found that can share maps.";
   }
   if (!hideIfEmpty("spectra-section", Object.keys(data.spectra).length === 0)) {
