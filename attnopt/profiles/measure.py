@@ -106,6 +106,7 @@ class ForwardPass:
                 self.reporter.advance(handle)
         if self.comparison is not None:
             self.found.pairs.update(self.comparison.result())
+            self.comparison = None  # what it kept of every layer is the largest thing in memory
         return self.found
 
     def _layer(self, index: int, layer: LoadedSegment, envs: list[Env], probes: list[Env]) -> None:

@@ -112,8 +112,11 @@ def test_rows_without_shape_do_not_make_equal_layers_unlike() -> None:
 
 
 def test_layers_that_see_other_keys_are_not_compared() -> None:
-    found = compared(layer(0), layer(1, window=5), random_view(4, 2, 40, seed=2))
-    assert bool(found["map_cosine"][0].isnan().sum() == 6)
+    others = layer(1, window=5), random_view(4, 2, 40, seed=2)
+    found = compared(layer(0), *others, layer(3))
+    assert int(found["map_cosine"][0].isnan().sum()) == 10
+    assert not bool(found["map_cosine"][0, 0, 3].isnan())
+    assert set(compared(layer(0), *others)) == {"head_redundancy"}
 
 
 def test_duplicate_heads_of_a_layer_are_redundant() -> None:
