@@ -154,7 +154,9 @@ def _assemble(
         tensors=tensors,
         absent=_absent(described, infos, program, options, site_metrics),
         groups=groups,
-        predictions=predictions(program.site_list, groups, tensors.get("streaming_error/mean"), recent + settings.sink),
+        predictions=predictions(
+            program.site_list, groups, tensors.get("streaming_error/mean"), recent + settings.sink, found.tokens
+        ),
     )
 
 

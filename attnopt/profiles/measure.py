@@ -56,6 +56,7 @@ class Measured:
         weights: scores from weights alone, as if of one prompt.
         sites: values of site metrics, one "prompt" per pool.
         pairs: arrays of the comparison of layers, [prompts, ...].
+        tokens: how many attended to each other in each layer, on the longest prompt.
     """
 
     forward: Collected
@@ -64,6 +65,7 @@ class Measured:
     weights: Collected
     sites: Collected
     pairs: dict[str, Tensor]
+    tokens: list[int]
 
 
 class ForwardPass:
@@ -91,7 +93,7 @@ class ForwardPass:
         self.site_metrics, self.reporter = site_metrics, reporter
         layers = len(runner.layers)
         forward, first, needle, weights, sites = (Collected(layers) for _ in range(5))
-        self.found = Measured(forward, first, needle, weights, sites, {})
+        self.found = Measured(forward, first, needle, weights, sites, {}, [0] * layers)
         self.comparison: LayerComparison | None = None
 
     @torch.inference_mode()
@@ -135,6 +137,7 @@ class ForwardPass:
 
     def _measure(self, index: int, place: int, opened: Opened) -> None:
         view = opened.view
+        self.found.tokens[index] = max(self.found.tokens[index], view.geometry.length)
         kinds = FORWARD + (FIRST_ONLY if place == 0 else ())
         metrics = [kind(view) for kind in kinds if kind.obstacle(view.site) is None]
         with_map = [metric for metric in metrics if metric.uses_map]

@@ -1,6 +1,7 @@
-"""What each method would cost, per layer: cached numbers and floating-point operations of decoding one token.
+"""What each method would cost, per layer: cached numbers, and floating-point operations of one token.
 
-With H query heads, K key/value heads, widths d and dv, hidden size D, and n cached tokens:
+With H query heads, K key/value heads, widths d and dv, hidden size D, and n tokens that a query sees (all before it, at
+most a window; of a layer that is not causal, all that it was measured with):
 
     projections   2 D (H d + K d + K dv) + 2 H dv D
     attention     2 H n (d + dv)
@@ -21,7 +22,7 @@ from torch import Tensor
 from attnopt.profiles.profile import SharingGroup
 from attnopt.rewriter.site import AttentionSite
 
-#: Cached tokens that costs are given for.
+#: Tokens that costs of causal models are given for.
 CONTEXTS = (1024, 4096, 16384)
 
 #: A KV head streams if its measured error is at most this (NMSE of its layer's output).
@@ -41,6 +42,7 @@ class Cost:
         projections: operations of the projections.
         per_key: operations of attention per cached token that all heads read.
         window_per_key: the same for streaming heads.
+        reach: tokens that a query sees at most; None for all.
     """
 
     keys: float
@@ -50,19 +52,29 @@ class Cost:
     window_numbers: float = 0.0
     window: int = 0
     window_per_key: float = 0.0
+    reach: int | None = None
 
     def cache(self, context: int) -> int:
         """Cached numbers at a context."""
-        return round(context * (self.keys + self.values) + min(context, self.window) * self.window_numbers)
+        seen = self._seen(context)
+        return round(seen * (self.keys + self.values) + min(seen, self.window) * self.window_numbers)
 
     def flops(self, context: int) -> int:
-        """Operations of decoding one token."""
-        attention = context * self.per_key + min(context, self.window) * self.window_per_key
-        return round(self.projections + attention)
+        """Operations of one token."""
+        seen = self._seen(context)
+        return round(self.projections + seen * self.per_key + min(seen, self.window) * self.window_per_key)
+
+    def _seen(self, context: int) -> int:
+        return context if self.reach is None else min(context, self.reach)
 
 
-def original(site: AttentionSite) -> Cost:
-    """A layer as it is."""
+def original(site: AttentionSite, tokens: int) -> Cost:
+    """A layer as it is.
+
+    Args:
+        site: the layer.
+        tokens: that attended to each other when it was measured.
+    """
     width, heads = site.o.out_features, site.heads
     if site.latent is not None:
         latent = site.latent
@@ -77,6 +89,7 @@ def original(site: AttentionSite) -> Cost:
         values=site.kv_heads * site.d_v if cached else 0,
         projections=2 * width * qkv + 2 * heads * site.d_v * width,
         per_key=2 * heads * (site.d_qk + site.d_v),
+        reach=site.mask.window if site.mask.causal else tokens,
     )
 
 
@@ -85,6 +98,7 @@ def predictions(
     groups: Sequence[SharingGroup],
     streaming: Tensor | None,
     window: int,
+    tokens: Sequence[int],
 ) -> dict[str, Any]:
     """Costs of every method on every layer, as plain data.
 
@@ -93,17 +107,20 @@ def predictions(
         groups: layers that can share maps.
         streaming: streaming error by layer and KV head, or None.
         window: tokens that a streaming head keeps.
+        tokens: that attended to each other in each layer, on the longest prompt.
 
     Returns:
         {"contexts": [...], "methods": {method: {"what": ..., "cached_numbers": {context: [layer, ...]},
         "decode_flops": {context: [layer, ...]}}}}
     """
-    before = [original(site) for site in sites]
+    before = [original(site, count) for site, count in zip(sites, tokens, strict=True)]
+    contexts = CONTEXTS if any(site.mask.causal for site in sites) else (max(tokens),)
     consumers = {layer for group in groups for layer in group.layers[1:]}
     methods: dict[str, tuple[str, list[Cost]]] = {"original": ("as it is", before)}
 
     def changed(change: Callable[[int, AttentionSite, Cost], Cost]) -> list[Cost]:
-        return [change(i, site, cost) for i, (site, cost) in enumerate(zip(sites, before, strict=True))]
+        pairs = enumerate(zip(sites, before, strict=True))
+        return [replace(change(i, site, cost), reach=cost.reach) for i, (site, cost) in pairs]
 
     if any(site.cache.entries and site.latent is None for site in sites):
         methods["mla 0.5"] = ("--to mla --kv-keep 0.5", changed(_mla(0.5)))
@@ -119,12 +136,12 @@ def predictions(
             changed(_streaming(streaming, window)),
         )
     return {
-        "contexts": list(CONTEXTS),
+        "contexts": list(contexts),
         "methods": {
             name: {
                 "what": what,
-                "cached_numbers": {str(n): [cost.cache(n) for cost in costs] for n in CONTEXTS},
-                "decode_flops": {str(n): [cost.flops(n) for cost in costs] for n in CONTEXTS},
+                "cached_numbers": {str(n): [cost.cache(n) for cost in costs] for n in contexts},
+                "decode_flops": {str(n): [cost.flops(n) for cost in costs] for n in contexts},
             }
             for name, (what, costs) in methods.items()
         },
