@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnopt.profiles.layers import LayerReader
+from attnopt.profiles.memory import give_back
 from attnopt.profiles.metric import Collected, Metric
 from attnopt.profiles.metrics.gradient import MapInfluence, Michel
 from attnopt.profiles.prompts import Prompts
@@ -30,7 +31,7 @@ BACKWARD: tuple[type[Metric], ...] = (Michel, MapInfluence)
 KEPT_BYTES = 256 << 20
 
 #: Logits of a language model that are in memory at once, in bytes.
-LOGIT_BYTES = 64 << 20
+LOGIT_BYTES = 16 << 20
 
 
 class BackwardPass:
@@ -80,11 +81,13 @@ class BackwardPass:
                     kept.append([layer.advance(env) for env in kept[-1]])
         given = [self._loss_gradients(env, start + i) for i, env in enumerate(kept.pop())]
         self.runner.close()
+        give_back()
         for index in range(len(self.runner.layers) - 1, -1, -1):
             envs = kept.pop()
             with self.runner.load(self.runner.layers[index]) as layer:
                 for i, env in enumerate(envs):
                     given[i] = self._layer(index, start + i, layer, env, given[i])
+            give_back()
             self.reporter.advance(handle, count)
         return count
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.profiles.layers import LayerReader, Opened
+from attnopt.profiles.memory import give_back
 from attnopt.profiles.metric import Collected, Metric, SiteMetric
 from attnopt.profiles.metrics.block_influence import BlockInfluence
 from attnopt.profiles.metrics.contribution import Contribution
@@ -105,10 +106,12 @@ class ForwardPass:
             for index, segment in enumerate(self.runner.layers):
                 with self.runner.load(segment) as layer:
                     self._layer(index, layer, envs, probes)
+                give_back()
                 self.reporter.advance(handle)
         if self.comparison is not None:
             self.found.pairs.update(self.comparison.result())
             self.comparison = None  # what it kept of every layer is the largest thing in memory
+            give_back()
         return self.found
 
     def _layer(self, index: int, layer: LoadedSegment, envs: list[Env], probes: list[Env]) -> None:
