@@ -8,30 +8,35 @@ from typing import TYPE_CHECKING, Any
 import attnopt.codegen.hf  # noqa: F401 - makes transformers know our model class once it is imported; imports nothing
 
 if TYPE_CHECKING:
-    from attnopt.api import convert, inspect, list_passes, run_pipeline, verify
+    from attnopt.api import convert, inspect, list_passes, profile, run_pipeline, verify
     from attnopt.conversion import CalibrationOptions, RunOptions
+    from attnopt.profiling import ProfileOptions
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "CalibrationOptions": "attnopt.conversion",
+    "ProfileOptions": "attnopt.profiling",
     "RunOptions": "attnopt.conversion",
     "bench": "attnopt.api",
     "convert": "attnopt.api",
     "inspect": "attnopt.api",
     "list_passes": "attnopt.api",
+    "profile": "attnopt.api",
     "run_pipeline": "attnopt.api",
     "verify": "attnopt.api",
 }
 
 __all__ = [
     "CalibrationOptions",
+    "ProfileOptions",
     "RunOptions",
     "__version__",
     "bench",
     "convert",
     "inspect",
     "list_passes",
+    "profile",
     "run_pipeline",
     "verify",
 ]

@@ -16,11 +16,9 @@ from typing import Any
 
 from attnopt.conversion import CalibrationOptions, RunOptions, convert_model, open_and_capture, preview
 from attnopt.errors import AttnoptError, OptionError
+from attnopt.profiling import ProfileOptions, profile_model
 from attnopt.progress import Reporter, Silent
-from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Verification
-
-#: The English text that every CPython ships: the help topics of `help()`.
-PYTHON_TOPICS = "pydoc_data.topics"
+from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Profiled, Verification
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False, reporter: Reporter | None = None) -> Inspection:
@@ -42,6 +40,37 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, reporter: Rep
         parameters=program.parameters,
         sites=program.site_list,
         identity=source.identity,
+    )
+
+
+def profile(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: CalibrationOptions | None = None,
+    options: ProfileOptions | None = None,
+    reporter: Reporter | None = None,
+) -> Profiled:
+    """Measure every head and every pair of layers of a model and write a profile and a report.
+
+    Args:
+        model: a Hugging Face model directory, a `.gguf` file or a hub id.
+        output: the directory to write `profile.json`, `profile.safetensors` and `report.html` into.
+        calibration: what to profile on; by default text that the model writes itself.
+        options: how.
+        reporter: told of progress.
+
+    Raises:
+        SourceError: the model, a text or a picture cannot be read.
+        UnsupportedError: one of its attention layers cannot be taken apart.
+        AttnoptError: the output exists or cannot be written.
+    """
+    return profile_model(
+        model,
+        Path(output),
+        calibration or CalibrationOptions(tokens=16384, context=1024),
+        options or ProfileOptions(),
+        reporter or Silent(),
     )
 
 
@@ -239,12 +268,13 @@ def verify(
         AttnoptError: a model or text cannot be read, or the text is too short.
     """
     from attnopt.evaluate import Job, ModelSpec, TextSpec, evaluate, verify_report
+    from attnopt.evaluate.text import PYTHON_TOPICS, write_python_topics
 
     if not Path(output).is_dir():
         raise AttnoptError(f"{output} is not a directory", "give the directory that attnopt convert wrote")
     original = str(against) if against is not None else _original_of(Path(output))
     with tempfile.TemporaryDirectory(prefix="attnopt-verify-") as folder:
-        files = [str(text) for text in texts] or [str(_python_topics(Path(folder)))]
+        files = [str(text) for text in texts] or [str(write_python_topics(Path(folder)))]
         job = Job(
             models=(
                 ModelSpec("original", original, trust_remote_code),
@@ -320,14 +350,6 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise OptionError(f"{option} {text!r} is no list of whole numbers", f"write {option} 1024,4096") from error
-
-
-def _python_topics(folder: Path) -> Path:
-    from pydoc_data.topics import topics
-
-    path = folder / "topics.txt"
-    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
-    return path
 
 
 def _original_of(output: Path) -> str:

@@ -117,6 +117,51 @@ def inspect(
 
 @app.command(
     epilog=_example(
+        "attnopt profile ./SmolLM2-135M -o ./SmolLM2-135M-profile --calib words.txt",
+        "attnopt profile ./vit -o ./vit-profile --calib ./pictures",
+    )
+)
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calib",
+            metavar="self|FILE",
+            help="text to profile on (pictures: a directory or .npz), may be repeated; 'self' lets the model write it",
+            show_default="self",
+        ),
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option("--calib-tokens", help="how much text, in tokens")] = 16384,
+    context: Annotated[int, typer.Option("--context", help="length of a prompt")] = 1024,
+    seed: Seed = 0,
+    gradients: Annotated[bool, typer.Option(help="also measure what needs a backward pass")] = True,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Measure every head and every pair of layers. Writes profile.json, profile.safetensors and report.html."""
+    with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
+        from attnopt import api
+
+        result = api.profile(
+            model,
+            output,
+            calibration=api.CalibrationOptions.parse(calib, calib_tokens, context, seed),
+            options=api.ProfileOptions(
+                gradients=gradients, device=device, overwrite=overwrite, trust_remote_code=trust_remote_code
+            ),
+            reporter=session.reporter,
+        )
+        return session.show(result)
+
+
+@app.command(
+    epilog=_example(
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 -o ./SmolLM2-135M-mla",
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 --dry-run",
         "attnopt convert ./SmolLM2-135M --to prune --keep-heads 0.67 --dry-run --measure --json > plan.json",

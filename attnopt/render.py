@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -113,6 +113,58 @@ def output_console(stream: TextIO) -> Console:
     if stream.isatty():
         return Console(file=stream, highlight=False)
     return Console(file=stream, highlight=False, width=200)
+
+
+#: Colours of a heat map from low to high: dark blue over teal to yellow, told apart by lightness alone as well.
+_HEAT = ((38, 28, 89), (48, 85, 140), (33, 145, 140), (94, 201, 97), (253, 231, 37))
+
+
+def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], *, width: int = 32) -> Table:
+    """Several [layer, head] maps side by side, two characters a head; NaN is blank.
+
+    Args:
+        maps: rows of values by title; each is scaled to its own range.
+        width: heads shown at most; wider maps are averaged down to it.
+    """
+    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=True, header_style="bold")
+    made.add_column("layer", justify="right", style="dim", no_wrap=True)
+    for title in maps:
+        made.add_column(title)
+    grids = [[_narrowed(row, width) for row in rows] for rows in maps.values()]
+    ranges = [_range(grid) for grid in grids]
+    for layer in range(max((len(grid) for grid in grids), default=0)):
+        cells = [_heat_row(grid[layer], *bounds) for grid, bounds in zip(grids, ranges, strict=True)]
+        made.add_row(str(layer), *cells)
+    if grids:
+        made.add_row("", *[Text(f"{low:.3g} ... {high:.3g}", style="dim") for low, high in ranges])
+    return made
+
+
+def _narrowed(row: Sequence[float], width: int) -> list[float]:
+    if len(row) <= width:
+        return list(row)
+    parts = [row[i * len(row) // width : (i + 1) * len(row) // width] for i in range(width)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def _range(grid: Sequence[Sequence[float]]) -> tuple[float, float]:
+    values = [value for row in grid for value in row if value == value]
+    return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+def _heat_row(row: Sequence[float], low: float, high: float) -> Text:
+    line = Text()
+    for value in row:
+        if value != value:
+            line.append("  ")
+            continue
+        place = (value - low) / (high - low) * (len(_HEAT) - 1) if high > low else 0.0
+        left = min(int(place), len(_HEAT) - 2)
+        mixed = [round(a + (b - a) * (place - left)) for a, b in zip(_HEAT[left], _HEAT[left + 1], strict=True)]
+        # Blocks by height too, for terminals and files without colour.
+        block = " ▁▂▃▄▅▆▇█"[round(8 * place / (len(_HEAT) - 1))]
+        line.append(block * 2, style=f"rgb({mixed[0]},{mixed[1]},{mixed[2]})")
+    return line
 
 
 def gigabytes(count: float) -> str:

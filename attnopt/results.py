@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attnopt.profiles.profile import Profile
     from attnopt.rewriter.site import AttentionSite, RopeSpec
 
 
@@ -270,6 +271,52 @@ class Conversion:
                 f"written as {self.emitted_as}: {self.output}",
             ]
         )
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A finished profile.
+
+    Attributes:
+        output: the directory written.
+        model: what was profiled.
+        profile: the measurements.
+        seconds: from start to finish.
+        peak_rss_bytes: largest resident memory of the process.
+    """
+
+    output: str
+    model: str
+    profile: Profile
+    seconds: float
+    peak_rss_bytes: int
+
+    exit_code = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The document `attnopt.profile/1` without its arrays, and where it was written."""
+        return {
+            **self.profile.to_json(),
+            "output": self.output,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+    def view(self, *, quiet: bool) -> RenderableType:
+        """Heat maps of the heads and what the profile suggests; only the output path if quiet."""
+        from rich.console import Group
+
+        from attnopt.profiles.report.summary import findings
+        from attnopt.render import gigabytes, heat_maps
+
+        if quiet:
+            return self.output
+        shown = [name for name in ("contribution", "distant_mass", "retrieval") if name in self.profile.metrics]
+        maps = {name: self.profile.metric(name).tolist() for name in shown}
+        said = [f"{name}: {self.profile.metrics[name].help}" for name in shown]
+        said += ["", *(f"- {finding.text}" for finding in findings(self.profile))]
+        closing = f"{self.seconds:.0f} s, at most {gigabytes(self.peak_rss_bytes)} of memory: {self.output}/report.html"
+        return Group(heat_maps(maps), "\n".join(["", *said, "", closing]))
 
 
 @dataclass(frozen=True)

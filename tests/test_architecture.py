@@ -28,11 +28,11 @@ MAY_IMPORT = {
     "attnopt.codegen": {"attnopt.rewriter", "attnopt.staging", "attnopt.artifact"},
     "attnopt.evaluate": {"attnopt.rewriter", "attnopt.codegen"},
     "attnopt.timing": {"attnopt.evaluate", "attnopt.render"},
-    "attnopt.results": {"attnopt.rewriter", "attnopt.render", "attnopt.timing"},
+    "attnopt.results": {"attnopt.rewriter", "attnopt.render", "attnopt.timing", "attnopt.profiles"},
     "attnopt.render": set(),
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
-VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.demo"}
+VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.demo"}
 DOOR = {"attnopt.cli", "attnopt.cli_options", "attnopt.session", "attnopt.__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -8,6 +8,9 @@ from typing import Any
 from attnopt.errors import AttnoptError
 from attnopt.evaluate.job import TextSpec
 
+#: The English text that every CPython ships: the help topics of `help()`.
+PYTHON_TOPICS = "pydoc_data.topics"
+
 _MARKS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 
 
@@ -16,6 +19,15 @@ def undo_wikitext_marks(text: str) -> str:
     for mark, original in _MARKS.items():
         text = text.replace(mark, original)
     return text
+
+
+def write_python_topics(folder: Path) -> Path:
+    """Write `PYTHON_TOPICS` into a folder and return the file."""
+    from pydoc_data.topics import topics
+
+    path = folder / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return path
 
 
 def read_text(spec: TextSpec) -> str:

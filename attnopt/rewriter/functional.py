@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -75,8 +76,10 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> bool:
             return False
     if views and node.users:
         return False
+    # What is copied into a part of something can be carried back as it is; `aten.copy` has no gradient.
+    plain = bool(views) and node.target is aten.copy_.default and _alike(written, node.args[1])
     node.target = twin
-    value, last = node, node
+    value, last = node.args[1] if plain else node, node
     for view in views:
         with graph.inserting_after(last):
             last = graph.call_function(_CARRY_BACK[view.target], (view.args[0], value, *view.args[1:]), view.kwargs)
@@ -85,7 +88,18 @@ def _rewrite(graph: fx.Graph, node: fx.Node) -> bool:
     readers = [user for user in base.users if user > last]
     for reader in readers:
         reader.replace_input_with(base, last)
+    if plain:
+        graph.erase_node(node)
     return True
+
+
+def _alike(one: fx.Node, other: Any) -> bool:
+    """Whether two tensors are of the same type and size, whatever the sizes of the inputs."""
+    if not isinstance(other, fx.Node):
+        return False
+    a, b = one.meta["val"], other.meta["val"]
+    same = a.dtype == b.dtype and a.device == b.device and a.ndim == b.ndim
+    return same and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def _twin(node: fx.Node) -> OpOverload | None:

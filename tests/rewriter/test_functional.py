@@ -38,6 +38,13 @@ def in_parts(_: Toy, x: Tensor) -> Tensor:
     return out
 
 
+def source_changed_later(_: Toy, x: Tensor) -> Tensor:
+    y, out = x * 2, x.new_zeros(x.shape)
+    out[:, :1] = y[:, 3:]
+    y.neg_()
+    return out + y
+
+
 def nested(_: Toy, x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
     out[1:, 2:] = x[1:, 2:]
@@ -89,7 +96,8 @@ def constant(_: Toy, x: Tensor) -> Tensor:
 
 
 REWRITTEN = [
-    in_parts, nested, twice, view_read_before, view_made_after, best_shares, scattered, of_another_type, constant,
+    in_parts, source_changed_later, nested, twice, view_read_before, view_made_after, best_shares, scattered,
+    of_another_type, constant,
 ]  # fmt: skip
 
 
@@ -187,6 +195,19 @@ def test_rewritten(function: Callable[..., Tensor]) -> None:
     noted = {n.name: n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     for name, value in values(program, x).items():
         assert (value.shape, value.dtype) == (noted[name].shape, noted[name].dtype)
+
+
+@pytest.mark.parametrize("function", [in_parts, source_changed_later], ids=lambda f: f.__name__)
+def test_what_is_rewritten_can_be_differentiated(function: Callable[..., Tensor]) -> None:
+    program = exported(function)
+    assert make_functional(program.graph)
+    program.graph_module.recompile()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(work(x).square().sum(), x)
+        for work in (program.module(), lambda x: function(Toy(function), x))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def values(program: torch.export.ExportedProgram, x: Tensor) -> dict[str, Tensor]:

@@ -157,9 +157,9 @@ def closed_form(
     layer = stats.layer
     slots = normalised(take_slots(stats, table), stats)
     phases = phase_coefficients(stats)
-    blocks = _blocks(stats, slots, phases)
+    blocks = closed_form_blocks(stats, slots, phases)
     moments = torch.cat([stats.keys.covariance(), stats.values.covariance()])
-    low = fit(blocks, moments, _common(stats), rank, sweeps)
+    low = fit(blocks, moments, common_moment(stats), rank, sweeps)
     groups, group = layer.groups, layer.group_of
     w_uk, w_uv = torch.stack(low.decoders[:groups])[group], torch.stack(low.decoders[groups:])[group]
 
@@ -200,7 +200,7 @@ def rotation_of(phases: Tensor) -> Tensor:
     return torch.cat([torch.cat([real, -imag], 2), torch.cat([imag, real], 2)], 1)
 
 
-def _blocks(stats: LayerStatistics, slots: Slots, phases: Tensor) -> list[Block]:
+def closed_form_blocks(stats: LayerStatistics, slots: Slots, phases: Tensor) -> list[Block]:
     """Keys of every group, then values of every group, with their metrics in one currency."""
     layer = stats.layer
     rotation = rotation_of(phases)
@@ -223,7 +223,7 @@ def _per_group(layer: SourceLayer, per_head: Tensor) -> Tensor:
     return result.index_add_(0, layer.group_of, per_head)
 
 
-def _common(stats: LayerStatistics) -> Tensor:
+def common_moment(stats: LayerStatistics) -> Tensor:
     """One second moment between those of keys and values, each with equal weight."""
     parts = [stats.keys.covariance().mean(0), stats.values.covariance().mean(0)]
     return sum((part / part.diagonal().mean().clamp(min=1e-300) for part in parts), torch.zeros_like(parts[0])) / 2

@@ -1,0 +1,1 @@
+"""One file per metric, with its formula and source."""
