@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 import attnopt.codegen.hf  # noqa: F401 - makes transformers know our model class once it is imported; imports nothing
 
 if TYPE_CHECKING:
-    from attnopt.api import convert, inspect, list_passes, run_pipeline, verify
+    from attnopt.api import convert, export, inspect, list_passes, run_pipeline, verify
     from attnopt.conversion import CalibrationOptions, RunOptions
+    from attnopt.exporting import ExportOptions
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "CalibrationOptions": "attnopt.conversion",
+    "ExportOptions": "attnopt.exporting",
     "RunOptions": "attnopt.conversion",
     "convert": "attnopt.api",
+    "export": "attnopt.api",
     "inspect": "attnopt.api",
     "list_passes": "attnopt.api",
     "run_pipeline": "attnopt.api",
@@ -25,9 +28,11 @@ _PUBLIC = {
 
 __all__ = [
     "CalibrationOptions",
+    "ExportOptions",
     "RunOptions",
     "__version__",
     "convert",
+    "export",
     "inspect",
     "list_passes",
     "run_pipeline",

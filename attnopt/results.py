@@ -328,6 +328,77 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Export:
+    """A model lowered for a target.
+
+    Attributes:
+        output: the directory written.
+        format, target: what it was lowered to.
+        model_type: architecture of the source.
+        sites: per attention layer what became of it: "form", or "refused" with the reason; JSON values.
+        cached_numbers_per_token: what the exported decoder keeps; 0 for encoders.
+        files: names of the files written.
+        checks: figures of the check of the saved files.
+        bytes: size of the directory.
+        notes: what a user should know.
+        seconds: from start to finish.
+    """
+
+    output: str
+    format: str
+    target: str
+    model_type: str
+    sites: tuple[Mapping[str, Any], ...]
+    cached_numbers_per_token: int
+    files: tuple[str, ...]
+    checks: Mapping[str, float]
+    bytes: int
+    notes: tuple[str, ...]
+    seconds: float
+
+    exit_code = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The document `attnopt.export/1`."""
+        return {
+            "schema": "attnopt.export/1",
+            "output": self.output,
+            "format": self.format,
+            "target": self.target,
+            "model_type": self.model_type,
+            "sites": [dict(site) for site in self.sites],
+            "refused": [dict(site) for site in self.sites if "refused" in site],
+            "cached_numbers_per_token": self.cached_numbers_per_token,
+            "files": list(self.files),
+            "checks": dict(self.checks),
+            "bytes": self.bytes,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def view(self, *, quiet: bool) -> RenderableType:
+        """What each layer became, and how far the saved files are from the model; only the output path if quiet."""
+        from rich.console import Group
+
+        from attnopt.render import gigabytes, table
+
+        if quiet:
+            return self.output
+        facts = [[str(s["kind"]), str(s.get("form", "not lowered")), str(s.get("refused", ""))] for s in self.sites]
+        rows = []
+        for first, last in equal_runs(facts):
+            numbers = [str(self.sites[i]["layer"]) for i in (first, last)]
+            rows.append([numbers[0] if first == last else "-".join(numbers), *facts[first]])
+        checks = ", ".join(f"{name} {value:.1e}" for name, value in self.checks.items())
+        lines = [f"checked from the saved files, relative error: {checks}", *self.notes]
+        if self.cached_numbers_per_token:
+            lines.insert(0, f"{self.cached_numbers_per_token:,} cached numbers per token")
+        lines.append(f"written in {self.seconds:.0f} s, {gigabytes(self.bytes)}: {self.output}")
+        title = f"{self.model_type} as {self.format} for {self.target}"
+        return Group(table(title, ("layers", "kind", "form", "reason"), rows), "\n".join(lines))
+
+
+@dataclass(frozen=True)
 class PassList:
     """Every pass and method.
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "attnopt.render": set(),
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
-VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.demo"}
+VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.demo", "attnopt.exporting"}
 DOOR = {"attnopt.cli", "attnopt.session", "attnopt.__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,91 @@
+"""The work behind `export`: open, capture, lower for a target, check what was written, move it into place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnopt.conversion import open_and_capture
+from attnopt.errors import OptionError
+from attnopt.progress import Reporter
+from attnopt.results import Export
+
+if TYPE_CHECKING:
+    from attnopt.codegen.artefact import Exported
+    from attnopt.codegen.target import Target
+    from attnopt.rewriter.program import Program
+    from attnopt.rewriter.source import ModelSource
+
+#: What `--format` takes, and the target each is written for by default.
+FORMATS = {"onnx": "cpu", "triton": "sm_90"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        format: "onnx" or "triton".
+        target: name of a target, or None for the format's default.
+        attention: form of attention in ONNX: "auto", "matmul" or "operator".
+        dtype: element type of a Triton package's weights and cache.
+        overwrite: replace an existing output.
+        trust_remote_code: run Python code that the model directory brings.
+    """
+
+    format: str
+    target: str | None = None
+    attention: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def export_model(model: str | Path, output: Path, options: ExportOptions, reporter: Reporter) -> Export:
+    """Lower a model for a target and write the result as a directory."""
+    if options.format not in FORMATS:
+        raise OptionError(f"there is no format {options.format!r}", f"give one of {', '.join(FORMATS)}")
+    from attnopt.artifact import write_json, writing
+    from attnopt.codegen.artefact import card, manifest, site_records
+    from attnopt.codegen.target import find_target
+    from attnopt.files import write_text
+    from attnopt.staging import MANIFEST_NAME, Staging, resume_key
+
+    started = time.perf_counter()
+    target = find_target(options.target or FORMATS[options.format])
+    source, program = open_and_capture(model, options.trust_remote_code, reporter)
+    settings: dict[str, Any] = {"format": options.format, "target": target.name}
+    settings |= {"attention": options.attention} if options.format == "onnx" else {"dtype": options.dtype}
+    key = resume_key(source.identity, "export", settings)
+    paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
+    with Staging(output, key=key, overwrite=options.overwrite, sources=paths) as staging:
+        exported = _emit(program, source, staging.path, target, options, reporter)
+        write_json(staging.path / "config.json", program.config)
+        with writing(staging.path):
+            side = source.copy_side_files(staging.path)
+            write_text(staging.path / "README.md", card(program, exported, source.identity))
+        write_json(staging.path / MANIFEST_NAME, manifest(program, exported, source.identity, settings))
+        staging.finish()
+    return Export(
+        output=str(output),
+        format=options.format,
+        target=target.name,
+        model_type=program.model_type,
+        sites=tuple(site_records(program, exported.verdicts)),
+        cached_numbers_per_token=exported.cached_numbers_per_token,
+        files=(*exported.files, "config.json", *side),
+        checks=dict(exported.checks),
+        bytes=sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
+        notes=exported.notes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _emit(
+    program: Program, source: ModelSource, directory: Path, target: Target, options: ExportOptions, reporter: Reporter
+) -> Exported:
+    from attnopt.codegen.onnx.emit import emit_onnx
+
+    return emit_onnx(program, directory, target, options.attention, reporter)
