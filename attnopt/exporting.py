@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from attnopt.codegen.artefact import Exported
     from attnopt.codegen.target import Target
     from attnopt.rewriter.program import Program
-    from attnopt.rewriter.source import ModelSource
 
 #: What `--format` takes, and the target each is written for by default.
 FORMATS = {"onnx": "cpu", "triton": "sm_90"}
@@ -61,7 +60,7 @@ def export_model(model: str | Path, output: Path, options: ExportOptions, report
     key = resume_key(source.identity, "export", settings)
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
     with Staging(output, key=key, overwrite=options.overwrite, sources=paths) as staging:
-        exported = _emit(program, source, staging.path, target, options, reporter)
+        exported = _emit(program, staging.path, target, options, reporter)
         write_json(staging.path / "config.json", program.config)
         with writing(staging.path):
             side = source.copy_side_files(staging.path)
@@ -84,8 +83,12 @@ def export_model(model: str | Path, output: Path, options: ExportOptions, report
 
 
 def _emit(
-    program: Program, source: ModelSource, directory: Path, target: Target, options: ExportOptions, reporter: Reporter
+    program: Program, directory: Path, target: Target, options: ExportOptions, reporter: Reporter
 ) -> Exported:
+    if options.format == "triton":
+        from attnopt.codegen.triton.emit import emit_triton
+
+        return emit_triton(program, directory, target, options.dtype, reporter)
     from attnopt.codegen.onnx.emit import emit_onnx
 
     return emit_onnx(program, directory, target, options.attention, reporter)

@@ -20,13 +20,13 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnopt.codegen.decoding import CacheTensor, Decoding, decoding_graph
+from attnopt.codegen.folding import Folded, as_float32, fold_constants
 from attnopt.codegen.onnx.forms import OnnxLane, latent_query, padded_values
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.export import BATCH, LENGTH
 from attnopt.rewriter.ops.experts import expert_linear_reference  # noqa: F401 - the op must be registered
 from attnopt.rewriter.ops.rope import rope_reference
 from attnopt.rewriter.program import Program
-from attnopt.rewriter.subgraph import Subgraph, compile_subgraph
 
 OPSET = 24
 op = Opset("", OPSET)
@@ -66,7 +66,7 @@ def lower(program: Program, forms: Mapping[str, str]) -> OnnxModel:
     decoding = decoding_graph(program, OnnxLane(dict(forms)))
     graph = decoding.graph
     _inline(graph)
-    folded = _fold_constants(graph, program)
+    folded = fold_constants(graph, program, _role)
     weights: dict[str, Callable[[], torch.Tensor]] = {}
     root = _root(graph, program, folded, weights)
     module = fx.GraphModule(root, graph)
@@ -118,87 +118,6 @@ def _gathered_experts(
     return y if bias is None else y + bias[expert]
 
 
-def _fold_constants(graph: fx.Graph, program: Program) -> dict[str, Folded]:
-    """Turn parts of the graph that depend on weights alone into weights, computed when they are written.
-
-    A part is left as it is if a weight below it is also read as it is: it would then be in the file twice.
-    """
-    constant: dict[fx.Node, bool] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            constant[node] = True
-        elif node.op == "call_function":
-            inputs = node.all_input_nodes
-            constant[node] = bool(inputs) and all(constant.get(n, False) for n in inputs)
-        else:
-            constant[node] = False
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    found: dict[str, Folded] = {}
-    for node in list(graph.nodes):
-        ends = constant[node] and node.op == "call_function" and any(not constant[u] for u in node.users)
-        if not ends or not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor):
-            continue
-        sources = _sources(node)
-        if any(not constant[user] for source in sources for user in source.users):
-            continue
-        learned = [s for s in sources if not s.meta.get("buffer")]
-        if not learned:
-            continue
-        name = f"{learned[0].target}__{_role(node)}"
-        found[name] = Folded(compile_subgraph([node], [], order), program)
-        with graph.inserting_before(node):
-            new = graph.create_node("get_attr", name, name=f"folded_{node.name}")
-        new.meta = {"folded": True, **{k: v for k, v in node.meta.items() if k == "nn_module_stack"}}
-        node.replace_all_uses_with(new)
-    graph.eliminate_dead_code()
-    return found
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    stack, seen, found = [node], {node}, []
-    while stack:
-        current = stack.pop()
-        if current.op == "get_attr":
-            found.append(current)
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return found
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A constant part of a graph.
-
-    Attributes:
-        part: computes it from weights.
-        program: whose weights.
-    """
-
-    part: Subgraph
-    program: Program
-
-    def compute(self) -> torch.Tensor:
-        """Its value, in float32."""
-        (value,) = self.part.run({}, lambda name: _float(self.program.weights.get(name))).values()
-        return value.contiguous()
-
-    def like(self) -> torch.Tensor:
-        """A fake tensor of its shape and type; call it in a fake mode."""
-
-        def fake(name: str) -> torch.Tensor:
-            meta = self.program.weights.meta(name)
-            return torch.empty(meta.shape, dtype=torch.float32 if meta.dtype.is_floating_point else meta.dtype)
-
-        (value,) = self.part.run({}, fake).values()
-        return value.contiguous()
-
-
-def _float(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 def _role(node: fx.Node) -> str:
     """What to call a folded part: the two halves of a latent's decoder have names, others get their node's."""
     if node.target is padded_values:
@@ -229,18 +148,15 @@ def _root(
             owner.register_buffer(last, program.weights.get(name))
             continue
         with mode:
-            if name in folded:
-                value = folded[name].like()
-            else:
-                stored = program.weights.meta(name)
-                dtype = torch.float32 if stored.dtype.is_floating_point else stored.dtype
-                value = torch.empty(stored.shape, dtype=dtype)
+            stored = folded[name].meta() if name in folded else program.weights.meta(name)
+            dtype = torch.float32 if stored.dtype.is_floating_point else stored.dtype
+            value = torch.empty(stored.shape, dtype=dtype)
             owner.register_parameter(last, nn.Parameter(value, requires_grad=False))
     return root
 
 
 def _reader(program: Program, name: str) -> Callable[[], torch.Tensor]:
-    return lambda: _float(program.weights.get(name))
+    return lambda: as_float32(program.weights.get(name))
 
 
 def _examples(graph: fx.Graph, decoding: Decoding) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, Any]]]:

@@ -187,11 +187,12 @@ def gqa_decode_kernel(
     routed: int = 0,
     softcap: bool = False,
     store_map: bool = False,
+    paged: bool = True,
 ) -> Compiled:
     """Decoding of one token with keys and values, see `runtime/gqa_decode.py`."""
     constants = {
         **{"GROUPS": groups, "ACTIVE": routed or groups, "GROUP": heads // groups, "TOKENS": 1},
-        **{"D": width, "DV": value_width, "PAGE": PAGE, "BH": config.BH, "BN": config.BN},
+        **{"D": width, "DV": value_width, "PAGE": PAGE if paged else 0, "BH": config.BH, "BN": config.BN},
         **{"BD": pow2(width), "BV": pow2(value_width), "ROUTED": routed > 0, "STREAMING": streaming},
         **{"SOFTCAP": softcap, "STORE_MAP": store_map, "PRECISION": _precision(dtype)},
     }

@@ -105,6 +105,19 @@ def grouped(
     return max(error(out, want), error(lse, want_lse))
 
 
+def contiguous(heads: int, groups: int, lengths: list[int], dtype: torch.dtype) -> float:
+    batch = Batch(lengths)
+    k, v = (batch.normal(len(lengths), groups, 150, 16, dtype=dtype) for _ in range(2))
+    for row, length in enumerate(lengths):
+        k[row, :, length:] = float("nan")
+        v[row, :, length:] = float("nan")
+    q = batch.normal(len(lengths), 1, heads, 16, dtype=dtype)
+    out, lse = launch.grouped_decode(q, k, v, None, batch.lengths, 0.25, parts=3)
+    table = torch.arange(len(lengths))[:, None]
+    want, want_lse = reference.grouped_decode(q.double(), k.double(), v.double(), table, batch.lengths, 0.25)
+    return max(error(out, want), error(lse, want_lse))
+
+
 def shared(heads: int, groups: int, lengths: list[int], dtype: torch.dtype) -> float:
     batch = Batch(lengths)
     k, v, other = (batch.cache(groups, 16, dtype) for _ in range(3))
@@ -154,6 +167,7 @@ for _h, _g, _t, _d, _v in ((9, 3, 1, 64, 64), (4, 4, 1, 16, 24), (28, 4, 1, 32, 
         )
 CASES |= {
     "gqa empty and single": lambda: grouped(6, 2, 1, 16, 16, MIXED, FP32),
+    "gqa contiguous": lambda: contiguous(6, 2, [131, 64, 1, 0, 150], FP32),
     "gqa softcap": lambda: grouped(6, 2, 1, 16, 16, [131, 65], FP32, softcap=2.0),
     "streaming": lambda: grouped(12, 4, 1, 16, 16, [131, 64, 65, 1, 20, 0], FP32, streaming=True),
     "streaming two tokens": lambda: grouped(8, 4, 2, 16, 16, [131, 64, 65, 2, 20], FP32, streaming=True),

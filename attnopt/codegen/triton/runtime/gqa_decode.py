@@ -15,6 +15,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _slot_base(table, request, group, slot, last_page, table_stride, capacity, GROUPS: tl.constexpr, PAGE: tl.constexpr):
+    """Row of a head's slot in memory, int64. PAGE 0: requests lie one after another, `capacity` slots each."""
+    if PAGE == 0:
+        return (request.to(tl.int64) * GROUPS + group) * capacity + slot
+    page = tl.load(table + request * table_stride + tl.minimum(slot // PAGE, last_page))
+    return (page.to(tl.int64) * GROUPS + group) * PAGE + slot % PAGE
+
+
+@triton.jit
 def _physical(block, sink, window, length, TOKENS: tl.constexpr, BN: tl.constexpr):
     """The block of the cache that logical block `block` of a head with sinks and a window is; window 0: all are."""
     sink_blocks = (sink + BN - 1) // BN
@@ -27,7 +36,7 @@ def _physical(block, sink, window, length, TOKENS: tl.constexpr, BN: tl.constexp
 def gqa_decode(
     q, keys, values, table, lengths, sinks, windows, active, item_sequence, item_start, item_stop,
     partial, partial_lse2, scores,
-    scale_log2, softcap_log2, table_stride, map_stride,
+    scale_log2, softcap_log2, table_stride, map_stride, capacity,
     GROUPS: tl.constexpr, ACTIVE: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -38,7 +47,8 @@ def gqa_decode(
 
     Args:
         q: [B, TOKENS, GROUPS * GROUP, D].
-        keys, values: [pages, GROUPS, PAGE, D] and [pages, GROUPS, PAGE, DV].
+        keys, values: [pages, GROUPS, PAGE, D] and [pages, GROUPS, PAGE, DV]; or, with PAGE 0, [B, GROUPS, capacity, D]
+            and [B, GROUPS, capacity, DV], and `table` is not read.
         table: int32 page ids, row stride `table_stride`; lengths: int32 [B], query tokens included.
         sinks, windows: int32 [GROUPS]: a head sees its first `sinks` and its last `windows` slots (STREAMING).
         active: int32 [B, ACTIVE], ids of active groups (ROUTED).
@@ -58,7 +68,9 @@ def gqa_decode(
         start = tl.load(item_start + item)
         stop = tl.load(item_stop + item)
         length = tl.load(lengths + request)
-        last_page = tl.maximum(length - 1, 0) // PAGE
+        last_page = 0
+        if PAGE > 0:
+            last_page = tl.maximum(length - 1, 0) // PAGE
         sink = 0
         window = 0
         if STREAMING:
@@ -74,19 +86,17 @@ def gqa_decode(
         m = tl.full([BH], float("-inf"), tl.float32)
         total = tl.zeros([BH], tl.float32)
         acc = tl.zeros([BH, BV], tl.float32)
-        here = _physical(start, sink, window, length, TOKENS, BN)
-        page = tl.load(table + request * table_stride + tl.minimum(here * BN // PAGE, last_page))
+        slot = _physical(start, sink, window, length, TOKENS, BN) * BN
+        base = _slot_base(table, request, group, slot, last_page, table_stride, capacity, GROUPS, PAGE)
         for block in range(start, stop):
-            slot = here * BN
             n = slot + tl.arange(0, BN)
-            base = (page.to(tl.int64) * GROUPS + group) * PAGE + slot % PAGE
             offset = tl.arange(0, BN)[:, None]
             seen = n < length
             k = tl.load((keys + base * D) + offset * D + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
             v = tl.load((values + base * DV) + offset * DV + dv[None, :],
                         mask=seen[:, None] & (dv < DV)[None, :], other=0.0)  # fmt: skip
-            here = _physical(block + 1, sink, window, length, TOKENS, BN)
-            page = tl.load(table + request * table_stride + tl.minimum(here * BN // PAGE, last_page))
+            slot = _physical(block + 1, sink, window, length, TOKENS, BN) * BN
+            base = _slot_base(table, request, group, slot, last_page, table_stride, capacity, GROUPS, PAGE)
             s = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale_log2
             if SOFTCAP:
                 # tanh(x) = 1 - 2 / (exp(2 x) + 1); the logits are in base 2.
@@ -115,7 +125,7 @@ def gqa_decode(
 @triton.jit
 def map_decode(
     scores, lse2, values, table, lengths, item_sequence, item_start, item_stop, partial,
-    table_stride, map_stride,
+    table_stride, map_stride, capacity,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,21 +146,22 @@ def map_decode(
         start = tl.load(item_start + item)
         stop = tl.load(item_stop + item)
         length = tl.load(lengths + request)
-        last_page = tl.maximum(length - 1, 0) // PAGE
+        last_page = 0
+        if PAGE > 0:
+            last_page = tl.maximum(length - 1, 0) // PAGE
         h = tl.arange(0, BH)
         dv = tl.arange(0, BV)
         row = (sequence * ROWS + h).to(tl.int64)
         norm = tl.load(lse2 + row, mask=h < ROWS, other=0.0)
         norm = tl.where(norm == float("-inf"), 0.0, norm)
         acc = tl.zeros([BH, BV], tl.float32)
-        page = tl.load(table + request * table_stride + tl.minimum(start * BN // PAGE, last_page))
+        base = _slot_base(table, request, group, start * BN, last_page, table_stride, capacity, GROUPS, PAGE)
         for block in range(start, stop):
             n = block * BN + tl.arange(0, BN)
-            base = (page.to(tl.int64) * GROUPS + group) * PAGE + block * BN % PAGE
             seen = n < length
             v = tl.load((values + base * DV) + tl.arange(0, BN)[:, None] * DV + dv[None, :],
                         mask=seen[:, None] & (dv < DV)[None, :], other=0.0)  # fmt: skip
-            page = tl.load(table + request * table_stride + tl.minimum((block + 1) * BN // PAGE, last_page))
+            base = _slot_base(table, request, group, (block + 1) * BN, last_page, table_stride, capacity, GROUPS, PAGE)
             s = tl.load(scores + row[:, None] * map_stride + n[None, :],
                         mask=(h < ROWS)[:, None] & seen[None, :], other=float("-inf"))  # fmt: skip
             p = tl.exp2(s - norm[:, None])

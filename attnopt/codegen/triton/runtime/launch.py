@@ -134,7 +134,7 @@ def grouped_decode(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     lengths: Tensor,
     scale: float,
     softcap: float = 0.0,
@@ -149,7 +149,8 @@ def grouped_decode(
 
     Args:
         q: [B, tokens, H, D], contiguous; keys, values: [pages, G, PAGE, D] and [pages, G, PAGE, DV].
-        table, lengths, scale, config, parts: as for `latent_decode`.
+        table, lengths, scale, config, parts: as for `latent_decode`; without a table, keys and values are contiguous,
+            [B, G, C, D] and [B, G, C, DV].
         softcap: bound on the logits; 0 for none.
         sinks, windows: int32 [G]: a head sees its first `sinks` and last `windows` slots; window 0: all slots.
         active: int32 [B, k]: only these groups are computed, the others give 0.
@@ -170,7 +171,7 @@ def grouped_decode(
     if scores is not None and (streaming or active is not None):
         raise ValueError("a map can be shared only if every head computes all of it")
     if config is None:
-        shape = f"H{heads} G{groups} D{width} DV{value_width} page{keys.shape[2]} {q.element_size()} sq{tokens}"
+        shape = f"H{heads} G{groups} D{width} DV{value_width} {q.element_size()} sq{tokens}"
         default = gqa_decode_config(rows, width, value_width, q.element_size(), arch, shared)
         config = tuned(arch).get("gqa_decode", shape, default)
     none = lengths
@@ -187,11 +188,13 @@ def grouped_decode(
     partial = torch.empty(items, rows, value_width, dtype=torch.float32, device=q.device)
     partial_lse2 = torch.empty(items, rows, dtype=torch.float32, device=q.device)
     gqa.gqa_decode[(items,)](
-        q, keys, values, table, lengths, none if sinks is None else sinks, none if windows is None else windows,
+        q, keys, values, none if table is None else table, lengths, none if sinks is None else sinks, none if windows is None else windows,
         none if active is None else active, work.sequence, work.start, work.stop,
         partial, partial_lse2, partial if scores is None else scores,
-        scale * LOG2E, softcap * LOG2E, table.stride(0), 0 if scores is None else scores.shape[3],
-        GROUPS=groups, ACTIVE=sequences, GROUP=size, TOKENS=tokens, D=width, DV=value_width, PAGE=keys.shape[2],
+        scale * LOG2E, softcap * LOG2E, 0 if table is None else table.stride(0),
+        0 if scores is None else scores.shape[3], keys.shape[2],
+        GROUPS=groups, ACTIVE=sequences, GROUP=size, TOKENS=tokens, D=width, DV=value_width,
+        PAGE=0 if table is None else keys.shape[2],
         BH=config.BH, BN=config.BN, BD=pow2(width), BV=pow2(value_width),
         ROUTED=active is not None, STREAMING=streaming, SOFTCAP=softcap > 0, STORE_MAP=scores is not None,
         PRECISION=precision_of(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -233,7 +236,7 @@ def map_decode(
     partial = torch.empty(items, rows, width, dtype=torch.float32, device=values.device)
     gqa.map_decode[(items,)](
         scores, lse2.contiguous(), values, table, lengths, work.sequence, work.start, work.stop, partial,
-        table.stride(0), slots,
+        table.stride(0), slots, values.shape[2],
         GROUPS=groups, GROUP=rows, TOKENS=1, DV=width, PAGE=values.shape[2],
         BH=pow2(rows), BN=block, BV=pow2(width), PRECISION=precision_of(values.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -83,14 +83,11 @@ def cache_write(past: Tensor, new: Tensor, past_length: Tensor) -> Tensor:
 
 
 def _paged(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """A contiguous buffer as pages: one page per row of the batch for [B, G, C, w], PAGE slots for [B, C, w]."""
+    """A contiguous latent buffer [B, C, w] as pages, and their table."""
     from .launch import contiguous_table
     from .select import PAGE
 
-    batch, capacity = cache.shape[0], cache.shape[-2]
-    if cache.ndim == 3:
-        return cache.view(-1, PAGE, cache.shape[2]), contiguous_table(batch, capacity, cache.device)
-    return cache, torch.arange(batch, dtype=torch.int32, device=cache.device)[:, None]
+    return cache.view(-1, PAGE, cache.shape[2]), contiguous_table(cache.shape[0], cache.shape[1], cache.device)
 
 
 def attend_latent(
@@ -155,15 +152,15 @@ def attend_grouped(
     windows = torch.full((groups,), window, dtype=torch.int32, device=q.device) if window > 0 else None
     if tokens <= DECODE_TOKENS or not _triton(keys):
         rows = q.to(keys.dtype).transpose(1, 2).contiguous()
-        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
         if _triton(keys):
             from .launch import grouped_decode
 
             active = _active_groups(gates, groups)
             out, _ = grouped_decode(
-                rows, keys, values, table, lengths, scale, softcap, windows=windows, active=active
+                rows, keys, values, None, lengths, scale, softcap, windows=windows, active=active
             )
         else:
+            table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
             args = (rows.float(), keys.float(), values.float(), table, lengths, scale, softcap)
             out, _ = reference.grouped_decode(*args, windows=windows)
     else:
