@@ -82,9 +82,7 @@ def export_model(model: str | Path, output: Path, options: ExportOptions, report
     )
 
 
-def _emit(
-    program: Program, directory: Path, target: Target, options: ExportOptions, reporter: Reporter
-) -> Exported:
+def _emit(program: Program, directory: Path, target: Target, options: ExportOptions, reporter: Reporter) -> Exported:
     if options.format == "triton":
         from attnopt.codegen.triton.emit import emit_triton
 

@@ -267,7 +267,9 @@ class _Builder:
             rows = call(torch.cat, ([args["latent"], args["k_rope"]], -1))
             assert site.latent is not None
             width = site.latent.kv_lora_rank + site.latent.d_rope
-            made = {"latent": (rows, CacheTensor(site.fqn, "latent", f"past_latent.{n}", f"present_latent.{n}", 0, width))}
+            made = {
+                "latent": (rows, CacheTensor(site.fqn, "latent", f"past_latent.{n}", f"present_latent.{n}", 0, width))
+            }
         else:
             names = ("value",) if op is SHARED else ("key", "value")
             made = {}

@@ -106,9 +106,7 @@ def _rotary_key(probe: Probe, decoder: LinearMap, anchor: fx.Node, spec: LatentS
         if len(shape) != 4 or shape[1] != 1 or shape[3] != spec.d_rope:
             continue
         generator = torch.Generator().manual_seed(0)
-        given = {
-            m.node: torch.randn(probe.shape(m.node, 2, 3), generator=generator) for m in (decoder, encoder)
-        }
+        given = {m.node: torch.randn(probe.shape(m.node, 2, 3), generator=generator) for m in (decoder, encoder)}
         positions = torch.tensor([[3, 4, 5], [0, 1, 2]])
         try:
             whole, part = probe.evaluate([keys, source], given, 2, 3, positions)

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnopt.codegen.backend import attnopt as backend
 from attnopt.codegen.backend import compiler
-from attnopt.codegen.backend.ops import attention_map, apply_map, decode_attention, grouped_sdpa
+from attnopt.codegen.backend.ops import apply_map, attention_map, decode_attention, grouped_sdpa
 from attnopt.codegen.backend.options import Options, PlanSpec
 from attnopt.errors import OptionError
 from tests.models import build, inputs, relative_error

@@ -66,7 +66,9 @@ def find_calls(graph: fx.Graph) -> tuple[list[Call], list[tuple[fx.Node, str]]]:
 
 def nearest_miss(graph: fx.Graph) -> str:
     """What comes closest to attention in a graph that holds none."""
-    names = [str(getattr(n.target, "__name__", n.target)) for n in graph.nodes if n.op in ("call_function", "call_method")]
+    names = [
+        str(getattr(n.target, "__name__", n.target)) for n in graph.nodes if n.op in ("call_function", "call_method")
+    ]
     for other in _OTHERS:
         if other in names:
             return f"it calls {other}, which attnopt does not read"

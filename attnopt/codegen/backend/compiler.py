@@ -112,7 +112,9 @@ def _plain(
     q, k, v = call.q, call.k, call.v
     if dead:
         if dead[-1] >= call.heads:
-            raise UnsupportedError(f"layer {call.layer} has {call.heads} heads, not a head {dead[-1]}", "correct the plan")
+            raise UnsupportedError(
+                f"layer {call.layer} has {call.heads} heads, not a head {dead[-1]}", "correct the plan"
+            )
         live = [h for h in range(call.heads) if h not in dead]
         if not live:
             raise UnsupportedError(f"the plan leaves no head in layer {call.layer}", "keep one")

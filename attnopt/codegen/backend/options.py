@@ -92,7 +92,9 @@ class Options:
             if name not in OPTIONS:
                 near = difflib.get_close_matches(name, OPTIONS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
-                raise OptionError(f"the attnopt backend has no option {name!r}", f"{hint}there are {', '.join(OPTIONS)}")
+                raise OptionError(
+                    f"the attnopt backend has no option {name!r}", f"{hint}there are {', '.join(OPTIONS)}"
+                )
         kernels = given.get("kernels", "auto")
         if kernels not in KERNELS:
             raise OptionError(f"kernels {kernels!r} is unknown", f"give one of {', '.join(KERNELS)}")

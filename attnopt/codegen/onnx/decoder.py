@@ -186,7 +186,9 @@ class OnnxDecoder:
         return produced
 
     def _shape(self, entry: dict[str, Any], capacity: int) -> tuple[int, ...]:
-        return tuple(len(self.past_length) if d == "batch" else capacity if d == "capacity" else d for d in entry["shape"])
+        return tuple(
+            len(self.past_length) if d == "batch" else capacity if d == "capacity" else d for d in entry["shape"]
+        )
 
     def _reserve(self, tokens: int) -> None:
         """Let the buffers hold `tokens` tokens, keeping what is in them."""

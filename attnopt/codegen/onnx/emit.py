@@ -89,8 +89,12 @@ def check(program: Program, model: OnnxModel, directory: Path) -> dict[str, floa
     try:
         onnx.checker.check_model(str(directory / MODEL_FILE), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise UnsupportedError(f"the written ONNX file is not valid: {error}", "open an issue naming the model") from error
-    errors = _check_decoder(program, model.cache, directory) if model.cache else _check_encoder(program, model, directory)
+        raise UnsupportedError(
+            f"the written ONNX file is not valid: {error}", "open an issue naming the model"
+        ) from error
+    errors = (
+        _check_decoder(program, model.cache, directory) if model.cache else _check_encoder(program, model, directory)
+    )
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= TOLERANCE:
         raise UnsupportedError(
@@ -168,9 +172,9 @@ def _usage(cache: Sequence[CacheTensor]) -> str:
             'print(generate("OUT", "The capital of France is", max_new_tokens=40))',
             "```",
             "",
-            "One graph reads prompts and decodes. Inputs are `input_ids` [batch, sequence], `past_length` [batch] (tokens",
-            "each row has cached) and the cached tensors, buffers with room for `capacity` tokens; outputs are the logits",
-            "and the same buffers with the new rows written at `past_length`. Bind a past and its present to one buffer",
-            "and nothing is copied. Buffers must be finite; what lies behind a row's length is never seen.",
+            "One graph reads prompts and decodes. Inputs are `input_ids` [batch, sequence], `past_length` [batch]",
+            "(tokens each row has cached) and the cached tensors, buffers with room for `capacity` tokens; outputs are",
+            "the logits and the same buffers with the new rows written at `past_length`. Bind a past and its present to",
+            "one buffer and nothing is copied. Buffers must be finite; what lies behind a row's length is never seen.",
         ]
     )

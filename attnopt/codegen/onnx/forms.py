@@ -185,9 +185,7 @@ class OnnxLane:
         )
         table = made or graph.call_function(rotary_table, (positions, inv_freq, scaling))
         cos, sin = (graph.call_function(_pick, (table, i)) for i in (0, 1))
-        return graph.call_function(
-            torch.ops.attnopt.onnx_rotary.default, (x, cos, sin, style == "interleaved")
-        )
+        return graph.call_function(torch.ops.attnopt.onnx_rotary.default, (x, cos, sin, style == "interleaved"))
 
 
 def _pick(pair: Sequence[Tensor], place: int) -> Tensor:

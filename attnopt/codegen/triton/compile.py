@@ -1,7 +1,7 @@
 """Compiles kernels ahead of time, without a GPU, and reads from the result what makes them fast or slow.
 
-`Figures` are what the project's tests hold on to: shared memory, registers, spills, tensor-core instructions and how many
-blocks of the cache are in flight. A cosmetic edit can double the work of a kernel; here that is a failing test.
+`Figures` are what the project's tests hold on to: shared memory, registers, spills, tensor-core instructions and how
+many blocks of the cache are in flight. A cosmetic edit can double the work of a kernel; here that is a failing test.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def compile_kernel(
         "num_warps": num_warps,
         "num_stages": num_stages,
         "arguments": [[name, kind] for name, kind in signature.items() if kind != "constexpr"],
-        "constants": {name: value for name, value in constants.items()},
+        "constants": dict(constants),
         "triton": triton.__version__,
         "target": target.name,
     }
@@ -159,15 +159,24 @@ def _buffers(ttgir: str) -> int:
     return max(depths, default=1)
 
 
-_ITEMS = {name: "*i32" for name in ("table", "lengths", "item_sequence", "item_start", "item_stop")}
+_ITEMS = dict.fromkeys(("table", "lengths", "item_sequence", "item_start", "item_stop"), "*i32")
 _PARTS = {"partial": "float32", "partial_lse2": "float32"}
 
 
 def mla_decode_kernel(heads: int, rank: int, rope: int, dtype: str, config: Config, target: Target) -> Compiled:
     """Absorbed decoding of one token, see `runtime/mla_decode.py`."""
     constants = {
-        **{"H": heads, "TOKENS": 1, "R": rank, "P": rope, "PAGE": PAGE, "BH": config.BH, "BN": config.BN},
-        **{"BR": pow2(rank), "BP": pow2(rope), "NARROW": config.narrow, "PRECISION": _precision(dtype)},
+        "H": heads,
+        "TOKENS": 1,
+        "R": rank,
+        "P": rope,
+        "PAGE": PAGE,
+        "BH": config.BH,
+        "BN": config.BN,
+        "BR": pow2(rank),
+        "BP": pow2(rope),
+        "NARROW": config.narrow,
+        "PRECISION": _precision(dtype),
     }
     pointers = {"q": dtype, "cache": dtype, **_ITEMS, **_PARTS}
     kernel = getattr(mla_decode, config.kernel)
@@ -191,21 +200,42 @@ def gqa_decode_kernel(
 ) -> Compiled:
     """Decoding of one token with keys and values, see `runtime/gqa_decode.py`."""
     constants = {
-        **{"GROUPS": groups, "ACTIVE": routed or groups, "GROUP": heads // groups, "TOKENS": 1},
-        **{"D": width, "DV": value_width, "PAGE": PAGE if paged else 0, "BH": config.BH, "BN": config.BN},
-        **{"BD": pow2(width), "BV": pow2(value_width), "ROUTED": routed > 0, "STREAMING": streaming},
-        **{"SOFTCAP": softcap, "STORE_MAP": store_map, "PRECISION": _precision(dtype)},
+        "GROUPS": groups,
+        "ACTIVE": routed or groups,
+        "GROUP": heads // groups,
+        "TOKENS": 1,
+        "D": width,
+        "DV": value_width,
+        "PAGE": PAGE if paged else 0,
+        "BH": config.BH,
+        "BN": config.BN,
+        "BD": pow2(width),
+        "BV": pow2(value_width),
+        "ROUTED": routed > 0,
+        "STREAMING": streaming,
+        "SOFTCAP": softcap,
+        "STORE_MAP": store_map,
+        "PRECISION": _precision(dtype),
     }
     pointers = {"q": dtype, "keys": dtype, "values": dtype, **_ITEMS, **_PARTS, "scores": "float32"}
-    pointers |= {name: "*i32" for name in ("sinks", "windows", "active")}
+    pointers |= dict.fromkeys(("sinks", "windows", "active"), "*i32")
     return compile_kernel(gqa_decode.gqa_decode, pointers, constants, target, config.num_warps, config.num_stages)
 
 
-def map_decode_kernel(heads: int, groups: int, value_width: int, dtype: str, config: Config, target: Target) -> Compiled:
+def map_decode_kernel(
+    heads: int, groups: int, value_width: int, dtype: str, config: Config, target: Target
+) -> Compiled:
     """Values under another layer's map, see `runtime/gqa_decode.py`."""
     constants = {
-        **{"GROUPS": groups, "GROUP": heads // groups, "TOKENS": 1, "DV": value_width, "PAGE": PAGE},
-        **{"BH": config.BH, "BN": config.BN, "BV": pow2(value_width), "PRECISION": _precision(dtype)},
+        "GROUPS": groups,
+        "GROUP": heads // groups,
+        "TOKENS": 1,
+        "DV": value_width,
+        "PAGE": PAGE,
+        "BH": config.BH,
+        "BN": config.BN,
+        "BV": pow2(value_width),
+        "PRECISION": _precision(dtype),
     }
     pointers = {"scores": "float32", "lse2": "float32", "values": dtype, **_ITEMS, "partial": "float32"}
     return compile_kernel(gqa_decode.map_decode, pointers, constants, target, config.num_warps, config.num_stages)
@@ -216,11 +246,23 @@ def prefill_kernel(
 ) -> Compiled:
     """Attention over a prompt, see `runtime/prefill.py`."""
     constants = {
-        **{"HEADS": heads, "GROUP": heads // groups, "KR_HEADS": 1, "DN": nope, "DR": rope, "DV": value_width},
-        **{"BM": config.BH, "BN": config.BN, "BD": pow2(nope), "BR": pow2(max(rope, 1)), "BV": pow2(value_width)},
-        **{"CAUSAL": True, "WINDOW": 0, "SOFTCAP": False, "PRECISION": _precision(dtype)},
+        "HEADS": heads,
+        "GROUP": heads // groups,
+        "KR_HEADS": 1,
+        "DN": nope,
+        "DR": rope,
+        "DV": value_width,
+        "BM": config.BH,
+        "BN": config.BN,
+        "BD": pow2(nope),
+        "BR": pow2(max(rope, 1)),
+        "BV": pow2(value_width),
+        "CAUSAL": True,
+        "WINDOW": 0,
+        "SOFTCAP": False,
+        "PRECISION": _precision(dtype),
     }
-    pointers = {name: dtype for name in ("q", "k", "k_rope", "v", "out")} | {"lse2": "float32", "lengths": "*i32"}
+    pointers = dict.fromkeys(("q", "k", "k_rope", "v", "out"), dtype) | {"lse2": "float32", "lengths": "*i32"}
     return compile_kernel(prompt.prefill, pointers, constants, target, config.num_warps, config.num_stages)
 
 

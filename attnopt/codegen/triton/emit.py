@@ -224,7 +224,15 @@ def _compile(
                 key = f"H{shape.heads} G{shape.groups} D{shape.width} DV{width} {size} sq1"
                 picks["gqa_decode"][key] = config
                 decode = gqa_decode_kernel(
-                    shape.heads, shape.groups, shape.width, width, dtype, config, target, softcap=shape.softcap > 0, paged=False
+                    shape.heads,
+                    shape.groups,
+                    shape.width,
+                    width,
+                    dtype,
+                    config,
+                    target,
+                    softcap=shape.softcap > 0,
+                    paged=False,
                 )
                 sizes = (shape.heads, shape.groups, shape.width, 0, width)
             prompt = prefill_config(sizes[2], sizes[3], sizes[4], size, arch, target.shared_memory)
@@ -292,7 +300,9 @@ def _check(program: Program, directory: Path) -> float:
     wanted = run(program, input_ids=ids)[program.outputs[0]]
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= TOLERANCE:
-        raise UnsupportedError(f"the written package differs from the model by {error:.1e} of its scale", "open an issue")
+        raise UnsupportedError(
+            f"the written package differs from the model by {error:.1e} of its scale", "open an issue"
+        )
     return error
 
 
@@ -313,7 +323,7 @@ python -m {PACKAGE}.selftest                 # kernels against references, on th
 python -m {PACKAGE} "The capital of France is" --tokens 40
 ```
 
-The package imports only torch and triton (and tokenizers for prompts in text). `{PACKAGE}/model.py` is the model, a line an
-operation; the kernels lie beside it with their references. `binaries/` holds them compiled for the target with what a
-launcher must know; from Python, Triton compiles them itself for the GPU it finds. `configs/` holds tiles by device and
-Triton version; a shape that is not there gets the deterministic default of `select.py`."""
+The package imports only torch and triton (and tokenizers for prompts in text). `{PACKAGE}/model.py` is the model, a
+line an operation; the kernels lie beside it with their references. `binaries/` holds them compiled for the target with
+what a launcher must know; from Python, Triton compiles them itself for the GPU it finds. `configs/` holds tiles by
+device and Triton version; a shape that is not there gets the deterministic default of `select.py`."""

@@ -45,9 +45,7 @@ def claim(program: Program, site: AttentionSite, target: Target, itemsize: int) 
         if site.latent.kv_lora_rank > WIDEST_LATENT:
             return Refusal(site.fqn, f"its latent of {site.latent.kv_lora_rank} numbers is wider than {WIDEST_LATENT}")
         spec = site.latent
-        config = mla_decode_config(
-            site.heads, spec.kv_lora_rank, spec.d_rope, itemsize, arch, target.shared_memory
-        )
+        config = mla_decode_config(site.heads, spec.kv_lora_rank, spec.d_rope, itemsize, arch, target.shared_memory)
         return Claim(site.fqn, config.kernel)
     if max(site.d_qk, site.d_v) > WIDEST_HEAD:
         return Refusal(site.fqn, f"its heads are wider than {WIDEST_HEAD}")

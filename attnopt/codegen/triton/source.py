@@ -54,9 +54,7 @@ def model_source(decoding: Decoding, title: str) -> str:
     Raises:
         UnsupportedError: the graph holds something that is neither ATen nor the runtime's.
     """
-    cache = {
-        tensor.past.replace(".", "_"): (tensor.heads, tensor.width) for tensor in decoding.cache
-    }
+    cache = {tensor.past.replace(".", "_"): (tensor.heads, tensor.width) for tensor in decoding.cache}
     lines = [_HEAD.format(title=title, cache=repr(cache)).rstrip("\n")]
     module = None
     for node in decoding.graph.nodes:

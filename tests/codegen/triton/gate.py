@@ -36,8 +36,8 @@ def cases() -> dict[str, Callable[[], Compiled]]:
         limit = target.shared_memory
         for heads, rank, rope in LATENTS:
             config = mla_decode_config(heads, rank, rope, 2, arch, limit)
-            found[f"{name} mla H{heads} R{rank} P{rope}"] = (
-                lambda h=heads, r=rank, p=rope, c=config, t=target: mla_decode_kernel(h, r, p, "bfloat16", c, t)
+            found[f"{name} mla H{heads} R{rank} P{rope}"] = lambda h=heads, r=rank, p=rope, c=config, t=target: (
+                mla_decode_kernel(h, r, p, "bfloat16", c, t)
             )
         grouped = gqa_decode_config(4, 128, 128, 2, arch, limit)
         for label, options in (
@@ -47,16 +47,16 @@ def cases() -> dict[str, Callable[[], Compiled]]:
             ("gqa map owner", {"store_map": True}),
             ("gqa softcap contiguous", {"softcap": True, "paged": False}),
         ):
-            found[f"{name} {label}"] = (
-                lambda o=options, c=grouped, t=target: gqa_decode_kernel(32, 8, 128, 128, "bfloat16", c, t, **o)
+            found[f"{name} {label}"] = lambda o=options, c=grouped, t=target: gqa_decode_kernel(
+                32, 8, 128, 128, "bfloat16", c, t, **o
             )
         found[f"{name} map consumer"] = lambda t=target: map_decode_kernel(
             32, 8, 128, "bfloat16", Config("map_decode", 16, 64, 4, 3), t
         )
         for label, nope, rope, value in (("192/128", 128, 64, 128), ("96/64", 64, 32, 64), ("128", 128, 0, 128)):
             config = prefill_config(nope, rope, value, 2, arch, limit)
-            found[f"{name} prefill {label}"] = (
-                lambda n=nope, r=rope, v=value, c=config, t=target: prefill_kernel(32, 32, n, r, v, "bfloat16", c, t)
+            found[f"{name} prefill {label}"] = lambda n=nope, r=rope, v=value, c=config, t=target: prefill_kernel(
+                32, 32, n, r, v, "bfloat16", c, t
             )
         found[f"{name} combine"] = lambda t=target: combine_kernel(32, 512, "bfloat16", t)
     return found

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from attnopt.codegen.triton.runtime import launch, reference  # noqa: E402
-from attnopt.codegen.triton.runtime.select import PAGE, Config  # noqa: E402
+from attnopt.codegen.triton.runtime import launch, reference
+from attnopt.codegen.triton.runtime.select import PAGE, Config
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -131,7 +131,15 @@ def shared(heads: int, groups: int, lengths: list[int], dtype: torch.dtype) -> f
 
 
 def prompt(
-    heads: int, groups: int, queries: int, keys: int, nope: int, rope: int, value: int, dtype: torch.dtype, **options: object
+    heads: int,
+    groups: int,
+    queries: int,
+    keys: int,
+    nope: int,
+    rope: int,
+    value: int,
+    dtype: torch.dtype,
+    **options: object,
 ) -> float:
     batch = Batch([keys, max(queries, keys - 3)])
     q = batch.normal(2, heads, queries, nope + rope, dtype=dtype)
@@ -153,14 +161,30 @@ MIXED = [131, 0, 1, 64, 65]
 
 CASES: dict[str, Callable[[], float]] = {}
 for _design in ("mla_decode_d1", "mla_decode_d2", "mla_decode_d3"):
-    for _heads, _tokens, _rank, _rope in ((9, 1, 144, 48), (1, 1, 16, 4), (32, 2, 64, 32), (63, 1, 32, 16), (7, 4, 128, 64)):
+    for _heads, _tokens, _rank, _rope in (
+        (9, 1, 144, 48),
+        (1, 1, 16, 4),
+        (32, 2, 64, 32),
+        (63, 1, 32, 16),
+        (7, 4, 128, 64),
+    ):
         _name = f"{_design} H{_heads} sq{_tokens} R{_rank} P{_rope}"
-        CASES[_name + " float32"] = lambda d=_design, h=_heads, t=_tokens, r=_rank, p=_rope: latent(d, h, t, r, p, [131, 4, 70], FP32)
-        CASES[_name + " float16"] = lambda d=_design, h=_heads, t=_tokens, r=_rank, p=_rope: latent(d, h, t, r, p, [131, 4, 70], FP16)
+        CASES[_name + " float32"] = lambda d=_design, h=_heads, t=_tokens, r=_rank, p=_rope: latent(
+            d, h, t, r, p, [131, 4, 70], FP32
+        )
+        CASES[_name + " float16"] = lambda d=_design, h=_heads, t=_tokens, r=_rank, p=_rope: latent(
+            d, h, t, r, p, [131, 4, 70], FP16
+        )
     CASES[f"{_design} empty and single"] = lambda d=_design: latent(d, 9, 1, 32, 16, MIXED, FP32)
     CASES[f"{_design} one part"] = lambda d=_design: latent(d, 9, 1, 32, 16, MIXED, FP32, parts=1)
     CASES[f"{_design} more parts than blocks"] = lambda d=_design: latent(d, 9, 1, 32, 16, [5, 140], FP32, parts=40)
-for _h, _g, _t, _d, _v in ((9, 3, 1, 64, 64), (4, 4, 1, 16, 24), (28, 4, 1, 32, 32), (3, 1, 2, 16, 16), (6, 2, 4, 48, 16)):
+for _h, _g, _t, _d, _v in (
+    (9, 3, 1, 64, 64),
+    (4, 4, 1, 16, 24),
+    (28, 4, 1, 32, 32),
+    (3, 1, 2, 16, 16),
+    (6, 2, 4, 48, 16),
+):
     for _dtype in (FP32, FP16):
         CASES[f"gqa H{_h} G{_g} sq{_t} D{_d} DV{_v} {str(_dtype)[6:]}"] = (
             lambda h=_h, g=_g, t=_t, d=_d, v=_v, dt=_dtype: grouped(h, g, t, d, v, [131, 4, 70], dt)

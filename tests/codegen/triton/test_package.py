@@ -159,6 +159,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_package_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("llama", tmp_path / "model")
     real = emit_module.model_source
-    monkeypatch.setattr(emit_module, "model_source", lambda *a: real(*a).replace("0.35355339059327", "0.36355339059327"))
+    monkeypatch.setattr(
+        emit_module, "model_source", lambda *a: real(*a).replace("0.35355339059327", "0.36355339059327")
+    )
     with pytest.raises(UnsupportedError, match="differs from the model"):
         export_model(tmp_path / "model", tmp_path / "out", ExportOptions("triton"), Silent())

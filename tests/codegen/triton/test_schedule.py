@@ -71,7 +71,9 @@ def test_streaming_heads_read_the_blocks_that_hold_what_they_see(
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm100", "gfx942"])
-@pytest.mark.parametrize(("rows", "rank", "rope"), [(1, 16, 4), (9, 144, 48), (16, 512, 64), (32, 512, 64), (128, 512, 64)])
+@pytest.mark.parametrize(
+    ("rows", "rank", "rope"), [(1, 16, 4), (9, 144, 48), (16, 512, 64), (32, 512, 64), (128, 512, 64)]
+)
 def test_defaults_fit_the_machine(arch: str, rows: int, rank: int, rope: int) -> None:
     limits = {"sm80": 166_912, "sm89": 101_376, "sm90": 232_448, "sm100": 232_448, "gfx942": 65_536}
     config = mla_decode_config(rows, rank, rope, 2, arch, limits[arch])

@@ -2,7 +2,7 @@
 
     M = max lse_i;  w_i = 2^(lse_i - M);  out = sum w_i o_i / sum w_i;  lse = M + log2 sum w_i
 
-over the parts of a sequence; a sequence without visible keys gets 0 and -inf. With SUM the parts just add (shared maps).
+over the parts of a sequence; a sequence without visible keys gets 0 and -inf. With SUM the parts just add.
 This file imports only triton; it is copied into packages. Reference: `reference.combine`.
 """
 

@@ -1,4 +1,4 @@
-"""Runs a package's model: buffers for its cache, prompts in pieces, greedy generation. Imports only torch and triton."""
+"""Runs a package's model: buffers for its cache, ragged batches, greedy generation. Imports only torch and triton."""
 
 from __future__ import annotations
 

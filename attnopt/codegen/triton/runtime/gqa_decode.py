@@ -15,7 +15,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _slot_base(table, request, group, slot, last_page, table_stride, capacity, GROUPS: tl.constexpr, PAGE: tl.constexpr):
+def _slot_base(
+    table, request, group, slot, last_page, table_stride, capacity, GROUPS: tl.constexpr, PAGE: tl.constexpr
+):
     """Row of a head's slot in memory, int64. PAGE 0: requests lie one after another, `capacity` slots each."""
     if PAGE == 0:
         return (request.to(tl.int64) * GROUPS + group) * capacity + slot

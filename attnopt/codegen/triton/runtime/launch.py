@@ -188,7 +188,8 @@ def grouped_decode(
     partial = torch.empty(items, rows, value_width, dtype=torch.float32, device=q.device)
     partial_lse2 = torch.empty(items, rows, dtype=torch.float32, device=q.device)
     gqa.gqa_decode[(items,)](
-        q, keys, values, none if table is None else table, lengths, none if sinks is None else sinks, none if windows is None else windows,
+        q, keys, values, none if table is None else table, lengths,
+        none if sinks is None else sinks, none if windows is None else windows,
         none if active is None else active, work.sequence, work.start, work.stop,
         partial, partial_lse2, partial if scores is None else scores,
         scale * LOG2E, softcap * LOG2E, 0 if table is None else table.stride(0),

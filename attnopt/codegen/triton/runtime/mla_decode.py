@@ -5,9 +5,9 @@ of the cache is loaded once and used twice. The cache is split over thread block
 the parts are merged by `combine.py`. Rows are (query token, head) pairs: row r of S * H belongs to token r // H.
 
 Three designs for different numbers of rows, chosen in `select.py`:
-    D1  few rows (tiles of 16 or 32): mma.sync; the id of the next page is loaded before this block's mathematics, so that
-        the pipeliner sees direct loads and keeps two blocks in flight
-    D2  17 to 32 rows on Hopper: operands swapped, S^T = C Q^T, so that cache rows fill the wgmma tile and rows are its N
+    D1  few rows (tiles of 16 or 32): mma.sync; the id of the next page is loaded before this block's mathematics, so
+        that the pipeliner sees direct loads and keeps two blocks in flight
+    D2  17 to 32 rows on Hopper: operands swapped, S^T = C Q^T, so that cache rows fill the wgmma tile, rows are its N
     D3  64 rows: the product with the values runs one block behind (P is carried, the block is read again), which keeps
         the two products independent: a chained one would be computed twice
 
@@ -26,8 +26,17 @@ def _block_base(table, request, block, last_page, table_stride, BN: tl.constexpr
 
 
 @triton.jit
-def _load_block(cache, base, seen, R: tl.constexpr, P: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
-                BN: tl.constexpr, NARROW: tl.constexpr):
+def _load_block(
+    cache,
+    base,
+    seen,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    NARROW: tl.constexpr,
+):
     """A block of cached vectors: latents [BN, BR] and rotary keys [BN, BP]; rows that are not seen are zero.
 
     NARROW: 32-bit offsets from one 64-bit base (fewer registers); otherwise 64-bit offsets per row.
@@ -45,8 +54,17 @@ def _load_block(cache, base, seen, R: tl.constexpr, P: tl.constexpr, BR: tl.cons
 
 
 @triton.jit
-def _load_query(q, first, ROWS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
-                BP: tl.constexpr, request):
+def _load_query(
+    q,
+    first,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BH: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    request,
+):
     """Query rows first ... first + BH - 1 of a request: latent part [BH, BR] and rotary part [BH, BP]."""
     h = first + tl.arange(0, BH)
     r = tl.arange(0, BR)

@@ -156,9 +156,7 @@ def attend_grouped(
             from .launch import grouped_decode
 
             active = _active_groups(gates, groups)
-            out, _ = grouped_decode(
-                rows, keys, values, None, lengths, scale, softcap, windows=windows, active=active
-            )
+            out, _ = grouped_decode(rows, keys, values, None, lengths, scale, softcap, windows=windows, active=active)
         else:
             table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
             args = (rows.float(), keys.float(), values.float(), table, lengths, scale, softcap)

@@ -49,9 +49,7 @@ def kernels(shapes: list[dict[str, Any]], dtype: torch.dtype, device: torch.devi
             cache = poison(normal(len(LENGTHS) * pages, PAGE, shape["rank"] + shape["rope"]))
             q = normal(len(LENGTHS), 1, shape["heads"], shape["rank"] + shape["rope"])
             out, _ = launch.latent_decode(q, cache, table, lengths, shape["rank"], shape["scale"])
-            want, _ = reference.latent_decode(
-                q.double(), cache.double(), table, lengths, shape["rank"], shape["scale"]
-            )
+            want, _ = reference.latent_decode(q.double(), cache.double(), table, lengths, shape["rank"], shape["scale"])
         else:
             sizes = len(LENGTHS) * pages, shape["groups"], PAGE
             k, v = poison(normal(*sizes, shape["width"])), poison(normal(*sizes, shape["value_width"]))
