@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
+
 from attnopt.codegen.target import find_target
 from attnopt.codegen.triton.compile import Compiled, gqa_decode_kernel, mla_decode_kernel
 from attnopt.codegen.triton.runtime.select import Config, gqa_decode_config, mla_decode_config, pow2
