@@ -172,9 +172,10 @@ def _usage(cache: Sequence[CacheTensor]) -> str:
             'print(generate("OUT", "The capital of France is", max_new_tokens=40))',
             "```",
             "",
-            "One graph reads prompts and decodes. Inputs are `input_ids` [batch, sequence], `past_length` [batch] (tokens",
-            "that each row has cached) and the cached tensors, buffers with room for `capacity` tokens; outputs are the",
-            "logits and the same buffers with the new rows written at `past_length`. Bind a past and its present to one",
-            "buffer and nothing is copied. Buffers must be finite; what lies behind a row's end is never seen.",
+            "One graph reads prompts and decodes. Inputs are `input_ids` [batch, sequence], `past_length` [batch]",
+            "(tokens that each row has cached) and the cached tensors, buffers with room for `capacity` tokens;",
+            "outputs are the logits and the same buffers with the new rows written at `past_length`. Bind a past",
+            "and its present to one buffer and nothing is copied. Buffers must be finite; what lies behind a",
+            "row's end is never seen.",
         ]
     )
