@@ -4,8 +4,8 @@
 
 1. Ceilings of this device: copy, a reduction that only reads, an 8192^3 bf16 product of random matrices.
 2. Every kernel in bf16 against float64, with NaN in unused slots and zero lengths among the requests.
-3. Decoding and prompts: CUDA graphs, cold L2 (a buffer of twice its size is written between calls), 10 warm-up calls, three
-   trials of 50, median. A row has bytes and operations of the formulas in docs/codegen.md and the share of the ceilings.
+3. Decoding and prompts: CUDA graphs, cold L2 (a buffer of twice its size is written between calls), 10 warm-up calls,
+   three trials of 50, median. A row has bytes and operations of the formulas, and the share of the ceilings.
 4. Beside each, alternating with it: torch SDPA on the grouped cache the latent replaces, FlexAttention for prompts,
    FlashInfer and FlashMLA where they are installed. What is not installed is named.
 """
@@ -28,6 +28,7 @@ from attnopt.codegen.triton.runtime import launch, reference
 from attnopt.codegen.triton.runtime.select import PAGE
 
 BF16 = torch.bfloat16
+sdpa = torch.nn.functional.scaled_dot_product_attention
 DEVICE = torch.device("cuda")
 
 
@@ -170,7 +171,6 @@ def decoding(top: dict[str, float], quick: bool) -> list[dict[str, Any]]:
         k, v = (torch.randn(batch, 8, context, 128, device=DEVICE, dtype=BF16) for _ in range(2))
         qg = torch.randn(batch, 1, 32, 128, device=DEVICE, dtype=BF16)
         rows_q = qg.transpose(1, 2)
-        sdpa = torch.nn.functional.scaled_dot_product_attention
         calls: dict[str, Callable[[], Any]] = {
             "mla": lambda q=q, c=latent, p=paged: launch.latent_decode(q, c, p.table, p.lengths, 512, 0.07),
             "gqa": lambda q=qg, k=k, v=v, p=paged: launch.grouped_decode(q, k, v, None, p.lengths, 0.088),
@@ -202,7 +202,6 @@ def prompts(top: dict[str, float], quick: bool) -> list[dict[str, Any]]:
         whole = k if kr is None else torch.cat([k, kr.expand(-1, 32, -1, -1)], -1)
         count = torch.tensor([length], dtype=torch.int32, device=DEVICE)
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
-        sdpa = torch.nn.functional.scaled_dot_product_attention
         calls: dict[str, Callable[[], Any]] = {
             "prefill": lambda q=q, k=k, kr=kr, v=v, c=count: launch.prefill(q, k, kr, v, c, 0.07),
             "sdpa": lambda q=q, k=whole, v=v: sdpa(q, k, v, is_causal=True, scale=0.07),
