@@ -39,13 +39,32 @@ def pow2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def shared_bytes(rows: int, slots: int, width: int, buffers: int, itemsize: int) -> int:
-    """Shared memory of an MLA tile: queries, cache blocks, and the weights on their way to the second product."""
-    return itemsize * (rows + buffers * slots) * width + itemsize * rows * slots
+def _buffers(config: Config, arch: str) -> int:
+    """Blocks of the cache in shared memory: loops of mma.sync copy one ahead of the loads, loops of wgmma do not."""
+    if arch.startswith("gfx"):
+        return 0
+    asynchronous = config.kernel in ("mla_decode_d2", "mla_decode_d3") or (config.kernel == "prefill" and hopper(arch))
+    return config.num_stages if asynchronous else max(config.num_stages - 1, 1)
+
+
+def hopper(arch: str) -> bool:
+    """Whether products of whole warp groups (wgmma and its successor) exist."""
+    return arch in ("sm90", "sm100")
+
+
+def mla_shared_bytes(config: Config, rank: int, rope: int, itemsize: int, arch: str) -> int:
+    """Shared memory of an MLA tile: queries, blocks of the cache, weights on their way to the second product."""
+    width, buffers = pow2(rank) + pow2(rope), _buffers(config, arch)
+    needed = (config.BH + buffers * config.BN) * width + config.BH * config.BN
+    if config.kernel == "mla_decode_d3":
+        needed += buffers * config.BN * pow2(rank)  # the values are read again
+    return itemsize * needed
 
 
 def mla_decode_config(rows: int, rank: int, rope: int, itemsize: int, arch: str, shared_memory: int) -> Config:
     """The default for absorbed decoding.
+
+    Tiles of 32 rows have 64 slots: with 32 the eight warps would compute the scores twice.
 
     Args:
         rows: query tokens times heads.
@@ -54,24 +73,19 @@ def mla_decode_config(rows: int, rank: int, rope: int, itemsize: int, arch: str,
         arch: "sm80", "sm89", "sm90", "sm100" or "gfx942".
         shared_memory: bytes a thread block can have.
     """
-    width = pow2(rank) + pow2(rope)
-    candidates = []
-    if arch in ("sm90", "sm100") and itemsize == 2:
-        if 16 < rows <= 32:
-            candidates.append(Config("mla_decode_d2", 32, 64, 4, 2, narrow=False))
-        elif rows > 32:
-            candidates.append(Config("mla_decode_d3", 64, 32, 8, 2))
-    tall = 32 if rows > 16 and itemsize == 2 else 16
-    candidates.append(Config("mla_decode_d1", tall, 32, 8 if tall == 32 else 4, 3))
-    candidates.append(Config("mla_decode_d1", 16, 32, 4, 2))
-    candidates.append(Config("mla_decode_d1", 16, 16, 4, 2))
     if arch.startswith("gfx"):
         candidates = [Config("mla_decode_d1", 16, 32, 4, 1), Config("mla_decode_d1", 16, 16, 4, 1)]
-    for config in candidates:
-        buffers = 2 * config.num_stages if config.kernel == "mla_decode_d3" else config.num_stages
-        if shared_bytes(config.BH, config.BN, width, buffers, itemsize) <= shared_memory:
-            return config
-    return candidates[-1]
+    else:
+        candidates = []
+        if hopper(arch) and itemsize == 2 and rows > 32:
+            candidates.append(Config("mla_decode_d3", 64, 32, 8, 2))
+        if hopper(arch) and itemsize == 2 and rows > 16:
+            candidates.append(Config("mla_decode_d2", 32, 64, 4, 2, narrow=False))
+        if itemsize == 2 and rows > 16:
+            candidates.append(Config("mla_decode_d1", 32, 64, 8, 3))
+        candidates += [Config("mla_decode_d1", 16, slots, 4, stages) for slots, stages in ((32, 3), (32, 2), (16, 2))]
+    fitting = (c for c in candidates if mla_shared_bytes(c, rank, rope, itemsize, arch) <= shared_memory)
+    return next(fitting, candidates[-1])
 
 
 def gqa_decode_config(rows: int, width: int, value_width: int, itemsize: int, arch: str, shared_memory: int) -> Config:
@@ -79,20 +93,28 @@ def gqa_decode_config(rows: int, width: int, value_width: int, itemsize: int, ar
     tile = pow2(rows)
     stages = 1 if arch.startswith("gfx") else 3
     for slots in (64, 32, 16):
-        needed = itemsize * (tile * pow2(width) + stages * slots * (pow2(width) + pow2(value_width)) + tile * slots)
-        if needed <= shared_memory:
-            return Config("gqa_decode", tile, slots, 4, stages)
+        config = Config("gqa_decode", tile, slots, 4, stages)
+        blocks = _buffers(config, arch) * slots * (pow2(width) + pow2(value_width))
+        if itemsize * (tile * pow2(width) + blocks + tile * slots) <= shared_memory:
+            return config
     return Config("gqa_decode", tile, 16, 4, 1)
 
 
 def prefill_config(nope: int, rope: int, value_width: int, itemsize: int, arch: str, shared_memory: int) -> Config:
     """The default for prompts: BH is the tile of queries, BN of keys."""
     width = pow2(nope) + (pow2(rope) if rope else 0)
-    wide = arch in ("sm90", "sm100") and itemsize == 2
-    for tile, slots, warps, stages in ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)):
-        needed = itemsize * (tile * width + stages * slots * (width + pow2(value_width)) + tile * slots)
-        if needed <= shared_memory and (wide or tile < 128):
-            return Config("prefill", tile, slots, warps, 1 if arch.startswith("gfx") else stages)
+    if arch.startswith("gfx"):
+        tiles = [(64, 32, 4, 1), (32, 32, 4, 1)]
+    elif itemsize == 4:
+        tiles = [(32, 32, 4, 2)]  # without matrix units a tile lives in registers
+    else:
+        stages = 2 if hopper(arch) else 3
+        tiles = [(128, 64, 8, stages), (64, 32, 4, stages)]
+    for tile, slots, warps, stages in (*tiles, (16, 16, 4, 1)):
+        config = Config("prefill", tile, slots, warps, stages)
+        blocks = _buffers(config, arch) * slots * (width + pow2(value_width))
+        if itemsize * (tile * width + blocks + tile * slots) <= shared_memory:
+            return config
     return Config("prefill", 16, 16, 4, 1)
 
 
