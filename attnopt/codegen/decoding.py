@@ -9,6 +9,7 @@ seen: it only has to be finite.
     latent sites    latent.N           [B, C, r + d_rope]       one tensor, never keys and values
     other sites     N.key, N.value     [B, kv heads, C, width]
     shared maps     N.value            the map, and so the keys, are the owner's
+    shared keys and values             nothing: the layer they come from keeps them
 
 How attention is computed from these is the lane's business (`Lane`).
 """
@@ -84,7 +85,7 @@ def hidden_slots(positions: Tensor, cache: Tensor, window: int) -> Tensor:
     i = positions[:, None, :, None]
     hidden = slots > i
     if window > 0:
-        hidden = hidden | (slots <= i - window)
+        hidden = torch.logical_or(hidden, slots <= i - window)
     return torch.where(hidden, -1e9, 0.0)
 
 
@@ -193,6 +194,7 @@ class _Builder:
         self.cache: list[CacheTensor] = []
         self.presents: list[fx.Node] = []
         self.masks: dict[int, fx.Node] = {}
+        self.written: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.kept: dict[int, tuple[Any, dict[str, fx.Node]]] = {}
         self.past_length: fx.Node | None = None
         self.positions: fx.Node | None = None
@@ -264,27 +266,36 @@ class _Builder:
     def _cached(self, site: AttentionSite, op: Any, args: Mapping[str, Any]) -> dict[str, fx.Node]:
         n, call = site.layer, self.graph.call_function
         if op is LATENT:
-            rows = call(torch.cat, ([args["latent"], args["k_rope"]], -1))
             assert site.latent is not None
             width = site.latent.kv_lora_rank + site.latent.d_rope
-            made = {
-                "latent": (rows, CacheTensor(site.fqn, "latent", f"past_latent.{n}", f"present_latent.{n}", 0, width))
-            }
-        else:
-            names = ("value",) if op is SHARED else ("key", "value")
-            made = {}
-            for name in names:
-                heads = site.kv_heads
-                width = site.d_qk if name == "key" else site.d_v
-                tensor = CacheTensor(site.fqn, name, f"past_key_values.{n}.{name}", f"present.{n}.{name}", heads, width)
-                made[name] = (args[name[0]], tensor)
+            tensor = CacheTensor(site.fqn, "latent", f"past_latent.{n}", f"present_latent.{n}", 0, width)
+            parts = args["latent"], args["k_rope"]
+            if parts not in self.written:
+                self.written[parts] = self._write(call(torch.cat, (list(parts), -1)), tensor)
+            return {"latent": self.written[parts]}
         result = {}
-        for name, (new, tensor) in made.items():
-            past = self._past(tensor)
-            present = call(torch.ops.attnopt.cache_write.default, (past, new, self.past_length))
-            self.presents.append(present)
-            result[name] = present
+        for name in ("value",) if op is SHARED else ("key", "value"):
+            read = args[name[0]]
+            rows = _evenly(read)
+            heads, width = (int(size) for size in rows.meta["val"].shape[1::2])
+            if (rows,) not in self.written:  # otherwise an earlier layer keeps them already
+                tensor = CacheTensor(site.fqn, name, f"past_key_values.{n}.{name}", f"present.{n}.{name}", heads, width)
+                self.written[(rows,)] = self._write(rows, tensor)
+            result[name] = self._spread(read, rows, self.written[(rows,)])
         return result
+
+    def _write(self, rows: fx.Node, tensor: CacheTensor) -> fx.Node:
+        past = self._past(tensor)
+        present = self.graph.call_function(torch.ops.attnopt.cache_write.default, (past, rows, self.past_length))
+        self.presents.append(present)
+        return present
+
+    def _spread(self, read: fx.Node, rows: fx.Node, present: fx.Node) -> fx.Node:
+        """What attention reads, made from a cached tensor as `read` is made from its new rows."""
+        if read is rows:
+            return present
+        parts = [self.graph.node_copy(part, lambda n: present if n is rows else n) for part in read.args[0]]  # type: ignore[union-attr, arg-type]
+        return self.graph.call_function(aten.cat.default, (parts, 1))
 
     def _mask(self, args: Mapping[str, Any], cached: Mapping[str, fx.Node]) -> fx.Node:
         window = args["window"]
@@ -301,3 +312,15 @@ class _Builder:
             values, names = values[:1], names[:1]
         output.args = ((*values, *self.presents),)
         return (*names, *(tensor.present for tensor in self.cache))
+
+
+def _evenly(read: fx.Node) -> fx.Node:
+    """Keys or values as they are stored. A layer whose query heads do not divide evenly among them reads a
+    concatenation of single heads; what is cached is the tensor these were taken from."""
+    parts = read.args[0] if read.target is aten.cat.default and read.args[1:] == (1,) else ()
+    if not isinstance(parts, (list, tuple)) or not parts:
+        return read
+    sources = {part.args[0] for part in parts if isinstance(part, fx.Node) and part.target is aten.slice.Tensor}
+    heads = all(isinstance(part, fx.Node) and part.args[1] == 1 for part in parts)
+    source = next(iter(sources)) if len(sources) == 1 and heads else None
+    return source if isinstance(source, fx.Node) else read

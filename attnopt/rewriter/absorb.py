@@ -58,13 +58,17 @@ def to_latent_form(program: Program) -> Program:
 
 
 def _absorb(editor: Editor, probe: Probe, site: AttentionSite, spec: LatentSpec, anchor: fx.Node) -> None:
-    maps = feeding_maps(anchor.args[2])  # type: ignore[arg-type]
+    queries, keys, values = anchor.args[:3]
+    assert isinstance(queries, fx.Node)
+    assert isinstance(keys, fx.Node)
+    assert isinstance(values, fx.Node)
+    maps = feeding_maps(values)
     decoder = next(m for m in maps if m.weight == spec.kv_b.weight)
     rotary = _rotary_key(probe, decoder, anchor, spec)
     scale, causal, window, softcap = anchor.args[5:9]
     with editor.at(site.fqn, before=anchor.name):
         call, node = editor.call, editor.node
-        q = node(anchor.args[0].name)  # type: ignore[union-attr]
+        q = node(queries.name)
         batch, length = call(aten.sym_size.int, q, 0), call(aten.sym_size.int, q, 2)
         latent = node(decoder.x.name)
         if decoder.x.meta["val"].ndim != 3:
@@ -72,7 +76,7 @@ def _absorb(editor: Editor, probe: Probe, site: AttentionSite, spec: LatentSpec,
         if rotary is not None:
             key = call(aten.squeeze.dim, node(rotary.name), 1)
         else:
-            k = node(anchor.args[1].name)  # type: ignore[union-attr]
+            k = node(keys.name)
             key = call(aten.slice.Tensor, call(aten.select.int, k, 1, 0), 2, spec.d_nope, spec.d_nope + spec.d_rope)
         d_q = spec.d_nope + spec.d_rope
         q_nope = call(aten.slice.Tensor, q, 3, 0, spec.d_nope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -198,4 +198,4 @@ def _hand_on(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(options.mode) if options.mode and options.mode != "default" else {}
-    return compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None))

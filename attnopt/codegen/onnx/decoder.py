@@ -235,7 +235,7 @@ def generate(
     except (OSError, ValueError) as error:
         raise SourceError(f"{directory} has no tokenizer: {error}", "use OnnxDecoder with token ids") from error
     produced = decoder.greedy([tokenizer(text)["input_ids"] for text in texts], max_new_tokens, end_tokens(directory))
-    found = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in produced]
+    found = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in produced]
     return found[0] if isinstance(prompts, str) else found
 
 

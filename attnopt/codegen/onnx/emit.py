@@ -144,7 +144,7 @@ def _check_encoder(program: Program, model: OnnxModel, directory: Path) -> dict[
                 given[name] = _tokens(program, batch, length)
             else:
                 given[name] = torch.zeros(batch, length, dtype=torch.long)
-        wanted = run(program, **given)
+        wanted = run(program, torch.float32, "cpu", **given)
         found = session.run(list(model.outputs), {name: value.numpy() for name, value in given.items()})
         for name, value in zip(model.outputs, found, strict=True):
             errors[name] = max(errors[name], _error(value, wanted[name].numpy()))

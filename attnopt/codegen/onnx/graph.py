@@ -72,31 +72,50 @@ def lower(program: Program, forms: Mapping[str, str]) -> OnnxModel:
     module = fx.GraphModule(root, graph)
     examples, shapes = _examples(graph, decoding)
     try:
-        with torch.no_grad(), _quiet():
-            exported = torch.export.export(module, (), examples, dynamic_shapes=shapes, strict=False)
-            program_ = torch.onnx.export(
-                exported,
-                (),
-                kwargs=examples,
-                dynamo=True,
-                opset_version=OPSET,
-                custom_translation_table=_translations(),
-                optimize=False,
-                verbose=False,
-            )
+        try:
+            model = _translate(module, examples, shapes, decompose=False)
+        except torch.onnx.OnnxExporterError:  # an operation that has to be decomposed first
+            model = _translate(module, examples, shapes, decompose=True)
     except Exception as problem:
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise UnsupportedError(
             f"the graph cannot be written as ONNX: {reason[0]}", "open an issue naming the model"
         ) from problem
-    assert program_ is not None
-    model = program_.model
     _rename(model, decoding)
     _optimize(model, weights)
     _attach(model, weights)
     _annotate(model, program)
     _name_dimensions(model, decoding)
     return OnnxModel(model, decoding.inputs, decoding.outputs, decoding.cache)
+
+
+def _translate(module: fx.GraphModule, examples: Mapping[str, Any], shapes: Any, *, decompose: bool) -> ir.Model:
+    """Trace with dynamic shapes and translate.
+
+    Args:
+        module, examples, shapes: as torch.export takes them.
+        decompose: run torch's decompositions, which trace the graph once more; captured graphs hardly ever need them,
+            and tracing with symbolic sizes is what an export spends its time on.
+
+    Raises:
+        torch.onnx.OnnxExporterError: torch's ONNX exporter has no translation for an operation.
+    """
+    with torch.no_grad(), _quiet():
+        exported = torch.export.export(module, (), dict(examples), dynamic_shapes=shapes, strict=False)
+        if not decompose:
+            exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign, assignment]
+        program = torch.onnx.export(
+            exported,
+            (),
+            kwargs=dict(examples),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=_translations(),
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
 
 
 def _inline(graph: fx.Graph) -> None:
@@ -106,6 +125,8 @@ def _inline(graph: fx.Graph) -> None:
             node.target = rope_reference
         elif node.target is torch.ops.attnopt.expert_linear.default:
             node.target = _gathered_experts
+        elif node.target is torch.ops.aten.adaptive_avg_pool1d.default and list(node.args[1]) == [1]:
+            node.target, node.args = torch.mean, (node.args[0], -1, True)
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # strides differ from those seen at capture
 
@@ -248,11 +269,11 @@ def _attach(model: ir.Model, weights: Mapping[str, Callable[[], torch.Tensor]]) 
         if name in weights and isinstance(value.const_value, ir.TensorProtocol):
             like = value.const_value
             value.const_value = ir.LazyTensor(
-                _array(weights[name]), dtype=like.dtype, shape=like.shape, name=name, cache=False
+                _array(weights[name]), dtype=like.dtype, shape=ir.Shape(like.shape.numpy()), name=name, cache=False
             )
 
 
-def _array(compute: Callable[[], torch.Tensor]) -> Callable[[], ir.Tensor]:
+def _array(compute: Callable[[], torch.Tensor]) -> Callable[[], ir.TensorProtocol]:
     return lambda: ir.tensor(compute().numpy())
 
 

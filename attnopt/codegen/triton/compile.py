@@ -223,7 +223,7 @@ def gqa_decode_kernel(
 
 
 def map_decode_kernel(
-    heads: int, groups: int, value_width: int, dtype: str, config: Config, target: Target
+    heads: int, groups: int, value_width: int, dtype: str, config: Config, target: Target, *, paged: bool = True
 ) -> Compiled:
     """Values under another layer's map, see `runtime/gqa_decode.py`."""
     constants = {
@@ -231,7 +231,7 @@ def map_decode_kernel(
         "GROUP": heads // groups,
         "TOKENS": 1,
         "DV": value_width,
-        "PAGE": PAGE,
+        "PAGE": PAGE if paged else 0,
         "BH": config.BH,
         "BN": config.BN,
         "BV": pow2(value_width),

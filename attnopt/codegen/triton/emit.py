@@ -17,13 +17,14 @@ from torch import fx
 
 from attnopt.artifact import write_checkpoint, write_json, writing
 from attnopt.codegen.artefact import Exported
-from attnopt.codegen.decoding import Decoding, decoding_graph
+from attnopt.codegen.decoding import SHARED, Decoding, decoding_graph
 from attnopt.codegen.folding import fold_constants
 from attnopt.codegen.target import Claim, Target, Verdict, refusals
 from attnopt.codegen.triton.compile import (
     Compiled,
     combine_kernel,
     gqa_decode_kernel,
+    map_decode_kernel,
     mla_decode_kernel,
     prefill_kernel,
 )
@@ -31,6 +32,7 @@ from attnopt.codegen.triton.lane import TritonLane, arch_of, claim
 from attnopt.codegen.triton.runtime import ops
 from attnopt.codegen.triton.runtime.select import (
     gqa_decode_config,
+    map_decode_config,
     mla_decode_config,
     prefill_config,
     tuned_document,
@@ -63,7 +65,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """A distinct shape of attention in a model."""
+    """A distinct shape of attention in a model.
+
+    `kind` is "latent", "grouped", "owner" (grouped, and others use its map) or "map" (uses the map of an owner).
+    """
 
     kind: str
     heads: int
@@ -77,11 +82,11 @@ class Shape:
     softcap: float
 
     @classmethod
-    def of(cls, site: AttentionSite) -> Shape:
-        """The shape of a site."""
+    def of(cls, site: AttentionSite, kind: str) -> Shape:
+        """The shape of a site; `kind` if it is not latent."""
         cap, spec = site.mask.softcap or 0.0, site.latent
         if spec is None:
-            return cls("grouped", site.heads, site.kv_heads, 0, 0, site.d_qk, site.d_v, site.d_qk, site.scale, cap)
+            return cls(kind, site.heads, site.kv_heads, 0, 0, site.d_qk, site.d_v, site.d_qk, site.scale, cap)
         sizes = (spec.kv_lora_rank, spec.d_rope, spec.kv_lora_rank + spec.d_rope, site.d_v, spec.d_nope)
         return cls("latent", site.heads, site.heads, *sizes, site.scale, cap)
 
@@ -90,7 +95,7 @@ class Shape:
         """A short name that tells shapes of a model apart."""
         if self.kind == "latent":
             return f"latent_h{self.heads}_r{self.rank}_p{self.rope}"
-        return f"grouped_h{self.heads}_g{self.groups}_d{self.width}_v{self.value_width}"
+        return f"{self.kind}_h{self.heads}_g{self.groups}_d{self.width}_v{self.value_width}"
 
 
 def emit_triton(program: Program, directory: Path, target: Target, dtype: str, reporter: Reporter) -> Exported:
@@ -114,7 +119,7 @@ def emit_triton(program: Program, directory: Path, target: Target, dtype: str, r
     refused = refusals(verdicts)
     if len(refused) == len(verdicts):
         raise UnsupportedError(f"no attention layer can be lowered to Triton: {refused[0].reason}")
-    decoding = decoding_graph(program, TritonLane({v.site: v for v in verdicts}))
+    decoding = decoding_graph(program, TritonLane({v.site: v for v in verdicts}, _owners(program)))
     folded = fold_constants(decoding.graph, program, _role)
     package = directory / PACKAGE
     with writing(directory):
@@ -195,9 +200,20 @@ def _cast(load: Callable[[], torch.Tensor], kind: torch.dtype) -> Callable[[], t
     return lambda: load().to(kind).contiguous()
 
 
+def _owners(program: Program) -> frozenset[int]:
+    """Layers whose map others use."""
+    anchors = [program.node(site.nodes.attention) for site in program.site_list]
+    return frozenset(int(str(node.args[10])) for node in anchors if node.target is SHARED)
+
+
 def _shapes(program: Program, verdicts: Sequence[Verdict]) -> list[Shape]:
-    claimed = {v.site for v in verdicts if isinstance(v, Claim)}
-    return list(dict.fromkeys(Shape.of(site) for site in program.site_list if site.fqn in claimed))
+    owners = _owners(program)
+    found: dict[Shape, None] = {}
+    for site, verdict in zip(program.site_list, verdicts, strict=True):
+        if isinstance(verdict, Claim):
+            owner = site.layer in owners and not site.mask.window
+            found[Shape.of(site, "map" if verdict.form == "map_decode" else "owner" if owner else "grouped")] = None
+    return list(found)
 
 
 def _compile(
@@ -211,34 +227,28 @@ def _compile(
     picks: dict[str, dict[str, Any]] = {"mla_decode": {}, "gqa_decode": {}, "prefill": {}}
     with bar(reporter, "compiling", len(shapes), "shapes") as handle:
         for shape in shapes:
+            rows, width = shape.heads // shape.groups, shape.value_width
+            sizes = (shape.heads, shape.groups, shape.nope, shape.rope, shape.value_width)
             if shape.kind == "latent":
-                config = mla_decode_config(shape.heads, shape.rank, shape.rope, size, arch, target.shared_memory)
+                rows, width = shape.heads, shape.rank
+                config = mla_decode_config(rows, width, shape.rope, size, arch, target.shared_memory)
                 key = f"H{shape.heads} R{shape.rank} P{shape.rope} page64 {size} sq1"
                 picks["mla_decode"][key] = config
                 decode = mla_decode_kernel(shape.heads, shape.rank, shape.rope, dtype, config, target)
-                rows, width = shape.heads, shape.rank
-                sizes = (shape.heads, shape.heads, shape.nope, shape.rope, shape.value_width)
+            elif shape.kind == "map":
+                config = map_decode_config(rows)
+                decode = map_decode_kernel(shape.heads, shape.groups, width, dtype, config, target, paged=False)
             else:
-                rows, width = shape.heads // shape.groups, shape.value_width
                 config = gqa_decode_config(rows, shape.width, width, size, arch, target.shared_memory)
                 key = f"H{shape.heads} G{shape.groups} D{shape.width} DV{width} {size} sq1"
                 picks["gqa_decode"][key] = config
-                decode = gqa_decode_kernel(
-                    shape.heads,
-                    shape.groups,
-                    shape.width,
-                    width,
-                    dtype,
-                    config,
-                    target,
-                    softcap=shape.softcap > 0,
-                    paged=False,
-                )
-                sizes = (shape.heads, shape.groups, shape.width, 0, width)
+                options = {"softcap": shape.softcap > 0, "store_map": shape.kind == "owner", "paged": False}
+                heads = (shape.heads, shape.groups, shape.width, width)
+                decode = gqa_decode_kernel(*heads, dtype, config, target, **options)
             prompt = prefill_config(sizes[2], sizes[3], sizes[4], size, arch, target.shared_memory)
             picks["prefill"][f"DN{sizes[2]} DR{sizes[3]} DV{sizes[4]} {size}"] = prompt
             made[f"{shape.name}_decode"] = decode
-            made[f"{shape.name}_combine"] = combine_kernel(rows, width, dtype, target)
+            made[f"{shape.name}_combine"] = combine_kernel(rows, width, dtype, target, add=shape.kind == "map")
             made[f"{shape.name}_prefill"] = prefill_kernel(*sizes, dtype, prompt, target)
             reporter.advance(handle)
     binaries, suffix = package / "binaries", "cubin" if target.vendor == "nvidia" else "hsaco"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -50,6 +51,8 @@ def claim(program: Program, site: AttentionSite, target: Target, itemsize: int) 
     if max(site.d_qk, site.d_v) > WIDEST_HEAD:
         return Refusal(site.fqn, f"its heads are wider than {WIDEST_HEAD}")
     if anchor.target is SHARED:
+        if site.mask.window:
+            return Claim(site.fqn, "gqa_decode", "its map has a window and is computed again from the owner's keys")
         return Claim(site.fqn, "map_decode")
     rows = site.heads // site.kv_heads
     config = gqa_decode_config(rows, site.d_qk, site.d_v, itemsize, arch, target.shared_memory)
@@ -57,28 +60,36 @@ def claim(program: Program, site: AttentionSite, target: Target, itemsize: int) 
 
 
 class TritonLane:
-    """Puts calls of the runtime where attention was; see `decoding.Lane`."""
+    """Puts calls of the runtime where attention was; see `decoding.Lane`.
 
-    def __init__(self, verdicts: dict[str, Verdict]) -> None:
+    Args:
+        verdicts: by fqn. A refused site is computed in plain torch.
+        owners: layers whose map others use.
+    """
+
+    def __init__(self, verdicts: dict[str, Verdict], owners: frozenset[int] = frozenset()) -> None:
         self.verdicts = verdicts
+        self.owners = owners
 
     def attention(self, graph: fx.Graph, call: SiteCall) -> tuple[fx.Node, Any]:
-        """See `decoding.Lane.attention`."""
+        """See `decoding.Lane.attention`; what is kept is the map."""
         a, node = call.args, graph.call_function
-        past = call.past_length
+        past, limits = call.past_length, (a["window"], a["softcap"])
+        refused = isinstance(self.verdicts[call.site.fqn], Refusal)
         if call.op is LATENT:
-            args = (a["q_nope"], a["q_rope"], a["w_uk"], a["w_uv"], call.cache["latent"], past, a["scale"])
-            return node(ops.attend_latent, args), None
-        keys, values = call.cache["key"], call.cache["value"]
-        if isinstance(self.verdicts[call.site.fqn], Refusal):
-            args = (a["q"], keys, values, a["bias"], past, a["scale"], a["window"], a["softcap"], a["sinks"])
-            return node(ops.attend_reference, args), None
-        common = (past, a["scale"], a["window"], a["softcap"])
+            parts = (a["q_nope"], a["q_rope"], a["w_uk"], a["w_uv"], call.cache["latent"], past, a["scale"])
+            return node(ops.attend_latent, (*parts, *limits, True) if refused else parts), None
+        read = (a["q"], call.cache["key"], call.cache["value"])
+        gates = (a["gates"],) if call.op is ROUTED else ()
+        if refused:
+            plain = (*read, a["bias"], past, a["scale"], *limits, a["sinks"], *gates)
+            return node(ops.attend_reference, plain), None
         if call.op is SHARED:
-            return node(ops.attend_map, (call.owner, a["q"], keys, values, *common)), call.owner
-        if call.op is ROUTED:
-            return node(ops.attend_grouped, (a["q"], keys, values, *common, a["gates"])), None
-        return node(ops.attend_grouped, (a["q"], keys, values, *common)), None
+            return node(ops.attend_map, (call.owner, *read, past, a["scale"], *limits)), None
+        if call.site.layer in self.owners and not a["window"]:
+            both = node(ops.attend_owner, (*read, past, a["scale"], a["softcap"]))
+            return node(operator.getitem, (both, 0)), node(operator.getitem, (both, 1))
+        return node(ops.attend_grouped, (*read, past, a["scale"], *limits, *gates)), None
 
     def rope(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """The runtime's own."""

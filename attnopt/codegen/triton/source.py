@@ -42,6 +42,8 @@ _OWN: Mapping[Any, str] = {
     ops.rope: "ops.rope",
     ops.attend_latent: "ops.attend_latent",
     ops.attend_grouped: "ops.attend_grouped",
+    ops.attend_owner: "ops.attend_owner",
+    ops.attend_map: "ops.attend_map",
     ops.attend_reference: "ops.attend_reference",
     token_positions: "ops.token_positions",
     torch.ops.attnopt.expert_linear.default: "ops.expert_linear",
@@ -58,7 +60,7 @@ def model_source(decoding: Decoding, title: str) -> str:
     lines = [_HEAD.format(title=title, cache=repr(cache)).rstrip("\n")]
     module = None
     for node in decoding.graph.nodes:
-        path = (list(module_paths(node)) or [None])[-1]
+        path = next(reversed(list(module_paths(node))), None)
         if node.op == "call_function" and path is not None and path != module:
             lines += ["", f"    # {path}"]
             module = path
@@ -90,12 +92,11 @@ def _function(target: Any) -> str:
         return "aten.reshape.default"  # strides differ from those seen at capture
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         return str(target)
-    if getattr(target, "__module__", "") in ("_operator", "operator"):
-        return f"operator.{target.__name__}"
+    name = str(getattr(target, "__name__", ""))
     if target in (torch.cat, torch.sym_float):
-        return f"torch.{target.__name__}"
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
+        return f"torch.{name}"
+    if getattr(operator, name, None) is target:
+        return f"operator.{name}"
     raise UnsupportedError(f"the graph holds {target}, which a generated model cannot call", "open an issue")
 
 

@@ -20,6 +20,7 @@ from attnopt.codegen.target import find_target
 from attnopt.errors import AttnoptError, OptionError, SourceError, UnsupportedError
 from attnopt.exporting import ExportOptions, export_model
 from attnopt.progress import Silent
+from tests.codegen.variants import variant
 from tests.models import FAMILIES, VOCAB, build, captured, eager_output, save
 
 DECODERS = [name for name, family in FAMILIES.items() if family.inputs == "text"]
@@ -228,3 +229,28 @@ def test_mistakes_are_named(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot load"):
         OnnxDecoder(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("shared-map", 48), ("shared-kv", 32), ("uneven", 64), ("routed", 64)])
+def test_layers_cache_what_they_really_store(name: str, numbers: int, tmp_path: Path) -> None:
+    """emit checks prompt and cached steps against the program, which differs from the plain model's."""
+    program = variant(name)
+    result = emit_onnx(program, tmp_path, find_target("cpu"), "auto", Silent())
+    assert max(result.checks.values()) < 1e-5
+    assert result.cached_numbers_per_token == program.cached_numbers_per_token == numbers
+    inputs = [i.name for i in graph_of(tmp_path).input if i.name.startswith("past_key_values.1")]
+    assert inputs == [c.past for c in result.cache if c.past.startswith("past_key_values.1")]
+    assert len(inputs) == {"shared-map": 1, "shared-kv": 0}.get(name, 2)
+    assert bool(result.notes) == (name == "routed")
+
+
+def test_a_shared_map_is_computed_once(tmp_path: Path) -> None:
+    emit_onnx(variant("shared-map"), tmp_path, find_target("cpu"), "auto", Silent())
+    assert [n.op_type for n in graph_of(tmp_path).node].count("Softmax") == 1
+
+
+@pytest.mark.parametrize("name", ["shared-map", "routed"])
+def test_the_operator_cannot_share_or_route(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="neither takes a map"):
+        emit_onnx(variant(name), tmp_path, find_target("cpu"), "operator", Silent())
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,12 @@ from attnopt.codegen.triton.compile import (
     mla_decode_kernel,
     prefill_kernel,
 )
-from attnopt.codegen.triton.runtime.select import Config, gqa_decode_config, mla_decode_config, prefill_config
+from attnopt.codegen.triton.runtime.select import (
+    gqa_decode_config,
+    map_decode_config,
+    mla_decode_config,
+    prefill_config,
+)
 
 #: (heads, R, P): DeepSeek's at three numbers of heads, small ranks, and what conversion of a small model gives.
 LATENTS = ((16, 512, 64), (32, 512, 64), (64, 512, 64), (32, 256, 64), (32, 128, 64), (9, 144, 48))
@@ -51,7 +56,7 @@ def cases() -> dict[str, Callable[[], Compiled]]:
                 32, 8, 128, 128, "bfloat16", c, t, **o
             )
         found[f"{name} map consumer"] = lambda t=target: map_decode_kernel(
-            32, 8, 128, "bfloat16", Config("map_decode", 16, 64, 4, 3), t
+            32, 8, 128, "bfloat16", map_decode_config(4), t
         )
         for label, nope, rope, value in (("192/128", 128, 64, 128), ("96/64", 64, 32, 64), ("128", 128, 0, 128)):
             config = prefill_config(nope, rope, value, 2, arch, limit)

@@ -19,7 +19,7 @@ from . import mla_decode as mla
 from . import prefill as prompt
 from .combine import combine
 from .schedule import Schedule, schedule, streaming_blocks
-from .select import PAGE, Config, Tuned, gqa_decode_config, mla_decode_config, pow2, prefill_config
+from .select import PAGE, Config, Tuned, gqa_decode_config, map_decode_config, mla_decode_config, pow2, prefill_config
 
 LOG2E = math.log2(math.e)
 #: Tuned picks beside this file, one per device and Triton version.
@@ -37,7 +37,8 @@ def device_facts(index: int | None) -> tuple[str, int, int]:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0], 65_536, properties.multi_processor_count
     arch = f"sm{properties.major}{properties.minor}"
-    return arch, int(properties.shared_memory_per_block_optin), properties.multi_processor_count
+    shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return arch, shared, properties.multi_processor_count
 
 
 @lru_cache
@@ -167,8 +168,7 @@ def grouped_decode(
     size = heads // groups
     rows = tokens * size
     arch, shared, sms = facts_of(q)
-    streaming = windows is not None
-    if scores is not None and (streaming or active is not None):
+    if scores is not None and (windows is not None or active is not None):
         raise ValueError("a map can be shared only if every head computes all of it")
     if config is None:
         shape = f"H{heads} G{groups} D{width} DV{value_width} {q.element_size()} sq{tokens}"
@@ -176,7 +176,7 @@ def grouped_decode(
         config = tuned(arch).get("gqa_decode", shape, default)
     none = lengths
     sequences = groups if active is None else active.shape[1]
-    if streaming:
+    if windows is not None:
         sinks = torch.zeros_like(windows) if sinks is None else sinks
         blocks = streaming_blocks(lengths, sinks, windows, tokens, config.BN)
         if active is not None:
@@ -197,7 +197,7 @@ def grouped_decode(
         GROUPS=groups, ACTIVE=sequences, GROUP=size, TOKENS=tokens, D=width, DV=value_width,
         PAGE=0 if table is None else keys.shape[2],
         BH=config.BH, BN=config.BN, BD=pow2(width), BV=pow2(value_width),
-        ROUTED=active is not None, STREAMING=streaming, SOFTCAP=softcap > 0, STORE_MAP=scores is not None,
+        ROUTED=active is not None, STREAMING=windows is not None, SOFTCAP=softcap > 0, STORE_MAP=scores is not None,
         PRECISION=precision_of(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     found, found_lse2 = _merge(partial, partial_lse2, work, rows, value_width, q.dtype)
@@ -215,31 +215,33 @@ def grouped_decode(
 
 
 def map_decode(
-    scores: Tensor, lse2: Tensor, values: Tensor, table: Tensor, lengths: Tensor, parts: int | None = None
+    scores: Tensor, lse2: Tensor, values: Tensor, table: Tensor | None, lengths: Tensor, parts: int | None = None
 ) -> Tensor:
     """Values under the map of another layer.
 
     Args:
         scores: as `grouped_decode` filled them, [B, G, rows, C].
         lse2: float32 [B, G, rows].
-        values: [pages, G, PAGE, DV] of this layer.
+        values: [pages, G, PAGE, DV] of this layer; without a table contiguous, [B, G, C, DV].
 
     Returns:
         [B, G, rows, DV] in the type of `values`.
     """
     batch, groups, rows, slots = scores.shape
     width = values.shape[3]
-    block = 64
+    config = map_decode_config(rows)
     _, _, sms = facts_of(values)
-    blocks = torch.div(lengths + block - 1, block, rounding_mode="floor")[:, None].expand(-1, groups)
+    blocks = torch.div(lengths + config.BN - 1, config.BN, rounding_mode="floor")[:, None].expand(-1, groups)
     work = schedule(blocks.reshape(-1), parts or 2 * sms)
     items = work.sequence.shape[0]
     partial = torch.empty(items, rows, width, dtype=torch.float32, device=values.device)
     gqa.map_decode[(items,)](
-        scores, lse2.contiguous(), values, table, lengths, work.sequence, work.start, work.stop, partial,
-        table.stride(0), slots, values.shape[2],
-        GROUPS=groups, GROUP=rows, TOKENS=1, DV=width, PAGE=values.shape[2],
-        BH=pow2(rows), BN=block, BV=pow2(width), PRECISION=precision_of(values.dtype), num_warps=4, num_stages=3,
+        scores, lse2.contiguous(), values, lengths if table is None else table, lengths,
+        work.sequence, work.start, work.stop, partial,
+        0 if table is None else table.stride(0), slots, values.shape[2],
+        GROUPS=groups, GROUP=rows, TOKENS=1, DV=width, PAGE=0 if table is None else values.shape[2],
+        BH=config.BH, BN=config.BN, BV=pow2(width), PRECISION=precision_of(values.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     out, _ = _merge(partial, partial, work, rows, width, values.dtype, add=True)
     return out.view(batch, groups, rows, width)

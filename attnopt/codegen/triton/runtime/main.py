@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import model, ops
+from . import model, ops  # type: ignore[attr-defined]  # model is generated
 from .decoder import Decoder, end_tokens
 
 

@@ -91,19 +91,27 @@ def _paged(cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_latent(
-    q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor, cache: Tensor, past_length: Tensor, scale: float
-) -> Tensor:
+    q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor, cache: Tensor, past_length: Tensor, scale: float,
+    window: int = 0, softcap: float = 0.0, plain: bool = False,
+) -> Tensor:  # fmt: skip
     """Multi-head Latent Attention on the cached latents, the query's own among them.
 
     Args:
         q_nope, q_rope: [B, H, S, dn] and [B, H, S, dr]; w_uk, w_uv: [H, dn, r] and [H, dv, r].
         cache: [B, C, r + dr]; past_length: int64 [B], tokens cached before these.
+        window, softcap: as for `attend_grouped`; only with `plain`.
+        plain: compute in plain torch, whatever the device: no kernel does this site.
 
     Returns:
         [B, S, H, dv] in float32.
     """
     tokens, rank = q_nope.shape[2], w_uk.shape[2]
     lengths = (past_length + tokens).to(torch.int32)
+    if plain:
+        q = torch.cat([torch.matmul(q_nope.to(w_uk.dtype), w_uk), q_rope.to(w_uk.dtype)], -1)
+        shared = cache[:, None]
+        mixed = attend_reference(q, shared, shared[..., :rank], None, past_length, scale, window, softcap, None)
+        return torch.einsum("bshr,hvr->bshv", mixed.to(w_uv.dtype), w_uv).float()
     if tokens <= DECODE_TOKENS or not _triton(cache):
         absorbed = torch.matmul(q_nope.to(w_uk.dtype), w_uk)
         q = torch.cat([absorbed, q_rope.to(w_uk.dtype)], -1).to(cache.dtype).transpose(1, 2).contiguous()
@@ -180,11 +188,34 @@ def _active_groups(gates: Tensor | None, groups: int) -> Tensor | None:
     count = int(wanted.sum(1).max())
     if count in (0, groups):
         return None
-    return wanted.to(torch.int8).argsort(1, descending=True, stable=True)[:, :count].to(torch.int32).contiguous()
+    return wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count].to(torch.int32).contiguous()
+
+
+def attend_owner(
+    q: Tensor, keys: Tensor, values: Tensor, past_length: Tensor, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """`attend_grouped` of a layer whose map others use.
+
+    Returns:
+        its output, and the map for `attend_map`: base-2 scores float32 [B, G, S * H/G, C] and lse2 [B, G, S * H/G].
+        None where keeping scores does not pay: for prompts (S x C numbers a head), and in plain torch.
+    """
+    batch, heads, tokens, _ = q.shape
+    if tokens > DECODE_TOKENS or not _triton(keys):
+        return attend_grouped(q, keys, values, past_length, scale, 0, softcap), None
+    from .launch import grouped_decode
+
+    groups, capacity = keys.shape[1], keys.shape[2]
+    scores = torch.empty(batch, groups, tokens * heads // groups, capacity, device=q.device)
+    lengths = (past_length + tokens).to(torch.int32)
+    rows = q.to(keys.dtype).transpose(1, 2).contiguous()
+    out, lse2 = grouped_decode(rows, keys, values, None, lengths, scale, softcap, scores=scores)
+    lse2 = lse2.view(batch, tokens, groups, -1).transpose(1, 2).reshape(batch, groups, -1)
+    return out.float(), (scores, lse2)
 
 
 def attend_map(
-    owner: Tensor | None,
+    owner: tuple[Tensor, Tensor] | None,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -193,13 +224,20 @@ def attend_map(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention of a layer that uses another layer's map: queries and keys are the owner's, values its own.
+    """Attention of a layer that uses the map of another: queries and keys are the owner's, values its own.
 
-    The map is computed again from the owner's cached keys: reading scores back pays only where keys are wider than
-    the group's scores (`launch.map_decode`), and `owner`, if given, is such a pair (scores, lse2).
+    Args:
+        owner: the map, see `attend_owner`; None: it is computed again from the owner's cached keys.
+        q, keys, values, past_length, scale, window, softcap: as for `attend_grouped`.
     """
-    del owner
-    return attend_grouped(q, keys, values, past_length, scale, window, softcap)
+    if owner is None:
+        return attend_grouped(q, keys, values, past_length, scale, window, softcap)
+    from .launch import map_decode
+
+    batch, heads, tokens, _ = q.shape
+    out = map_decode(*owner, values, None, (past_length + tokens).to(torch.int32)).float()
+    out = out.view(batch, values.shape[1], tokens, -1, values.shape[3])
+    return out.transpose(1, 2).reshape(batch, tokens, heads, values.shape[3])
 
 
 def expert_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -219,7 +257,7 @@ def expert_linear(x: Tensor, expert: Tensor, weight: Tensor, bias: Tensor | None
 
 def attend_reference(
     q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, past_length: Tensor, scale: float, window: int,
-    softcap: float, sinks: Tensor | None,
+    softcap: float, sinks: Tensor | None, gates: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention in plain torch, for what no kernel does (learned sinks, additive biases); as `attend_grouped`."""
     heads, tokens = q.shape[1], q.shape[2]
@@ -239,4 +277,5 @@ def attend_reference(
     else:
         sink = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         weights = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
-    return torch.matmul(weights, v).transpose(1, 2)
+    out = torch.matmul(weights, v).transpose(1, 2)
+    return out if gates is None else out * gates.float()[..., None]

@@ -100,6 +100,11 @@ def gqa_decode_config(rows: int, width: int, value_width: int, itemsize: int, ar
     return Config("gqa_decode", tile, 16, 4, 1)
 
 
+def map_decode_config(rows: int) -> Config:
+    """The tile for values under a kept map; `rows` is query tokens times heads of a group."""
+    return Config("map_decode", pow2(rows), 64, 4, 3)
+
+
 def prefill_config(nope: int, rope: int, value_width: int, itemsize: int, arch: str, shared_memory: int) -> Config:
     """The default for prompts: BH is the tile of queries, BN of keys."""
     width = pow2(nope) + (pow2(rope) if rope else 0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from . import launch, model, ops, reference
+from . import launch, model, ops, reference  # type: ignore[attr-defined]  # model is generated
 from .decoder import Decoder
 from .loader import read_json
 from .select import PAGE
@@ -54,8 +54,14 @@ def kernels(shapes: list[dict[str, Any]], dtype: torch.dtype, device: torch.devi
             sizes = len(LENGTHS) * pages, shape["groups"], PAGE
             k, v = poison(normal(*sizes, shape["width"])), poison(normal(*sizes, shape["value_width"]))
             q = normal(len(LENGTHS), 1, shape["heads"], shape["width"])
-            out, _ = launch.grouped_decode(q, k, v, table, lengths, shape["scale"], shape["softcap"])
+            shared = shape["kind"] in ("owner", "map")
+            rows = shape["heads"] // shape["groups"]
+            kept = torch.empty(len(LENGTHS), shape["groups"], rows, pages * PAGE, device=device) if shared else None
             args = (table, lengths, shape["scale"], shape["softcap"])
+            out, lse2 = launch.grouped_decode(q, k, v, *args, scores=kept)
+            if kept is not None and shape["kind"] == "map":
+                out = launch.map_decode(kept, lse2.view(len(LENGTHS), shape["groups"], rows), v, table, lengths)
+                out = out.view(len(LENGTHS), 1, shape["heads"], shape["value_width"])
             want, _ = reference.grouped_decode(q.double(), k.double(), v.double(), *args)
         found[shape["name"]] = float((out.double() - want).abs().max() / want.abs().max())
     return found
