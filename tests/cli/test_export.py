@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from attnopt.codegen.onnx import generate
 from tests.cli.helpers import Run, entries
 
@@ -24,6 +26,7 @@ def test_onnx_export_of_a_directory(cli: Run, tiny: Path, tmp_path: Path) -> Non
     assert generate(tmp_path / "out", ["The quick", "a"], max_new_tokens=4)[0] == text
 
 
+@pytest.mark.slow
 def test_the_view_for_people_and_the_quiet_one(cli: Run, tiny: Path, tmp_path: Path) -> None:
     done = cli("export", tiny, "--format", "onnx", "-o", tmp_path / "out")
     assert "matmul" in done.out
@@ -53,6 +56,7 @@ def test_mistakes_exit_with_1_and_leave_nothing(cli: Run, tiny: Path, tmp_path: 
         assert entries(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_the_manifest_says_where_it_comes_from(cli: Run, tiny: Path, tmp_path: Path) -> None:
     cli("export", tiny, "--format", "onnx", "--attention", "operator", "-o", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "attnopt.json").read_text())

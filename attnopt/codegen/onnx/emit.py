@@ -15,7 +15,7 @@ from attnopt.codegen.artefact import Exported, cache_records
 from attnopt.codegen.decoding import CacheTensor
 from attnopt.codegen.onnx.decoder import MODEL_FILE, OnnxDecoder, open_session
 from attnopt.codegen.onnx.forms import claim
-from attnopt.codegen.onnx.graph import OPSET, OnnxModel, lower
+from attnopt.codegen.onnx.graph import OPSET, lower
 from attnopt.codegen.target import Claim, Target, refusals
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.progress import Reporter
@@ -61,7 +61,7 @@ def emit_onnx(program: Program, directory: Path, target: Target, form: str, repo
     with writing(directory):
         ir.save(model.model, directory / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_EXTERNAL)
     reporter.say("checking the saved file with onnxruntime")
-    checks = check(program, model, directory)
+    checks = check(program, model.cache, model.outputs, directory)
     files = [MODEL_FILE, *([DATA_FILE] if (directory / DATA_FILE).exists() else [])]
     notes = sorted({v.note for v in verdicts if isinstance(v, Claim) and v.note})
     return Exported(
@@ -77,8 +77,13 @@ def emit_onnx(program: Program, directory: Path, target: Target, form: str, repo
     )
 
 
-def check(program: Program, model: OnnxModel, directory: Path) -> dict[str, float]:
+def check(program: Program, cache: Sequence[CacheTensor], outputs: Sequence[str], directory: Path) -> dict[str, float]:
     """Compare the saved file with the program, at sizes that were not traced with.
+
+    Args:
+        program: in latent form.
+        cache, outputs: cached tensors and names of outputs of the written graph.
+        directory: where `model.onnx` is. A decoder's manifest is written there for the check, if there is none.
 
     Returns:
         the largest relative difference of prompts and of cached steps (or of all outputs, for encoders).
@@ -92,9 +97,7 @@ def check(program: Program, model: OnnxModel, directory: Path) -> dict[str, floa
         raise UnsupportedError(
             f"the written ONNX file is not valid: {error}", "open an issue naming the model"
         ) from error
-    errors = (
-        _check_decoder(program, model.cache, directory) if model.cache else _check_encoder(program, model, directory)
-    )
+    errors = _check_decoder(program, cache, directory) if cache else _check_encoder(program, outputs, directory)
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= TOLERANCE:
         raise UnsupportedError(
@@ -107,7 +110,9 @@ def check(program: Program, model: OnnxModel, directory: Path) -> dict[str, floa
 def _check_decoder(program: Program, cache: Sequence[CacheTensor], directory: Path) -> dict[str, float]:
     # The runtime reads names and shapes of the cache from the manifest, which is written after the check.
     manifest = directory / MANIFEST_NAME
-    write_json(manifest, {"cache": cache_records(cache, "float32")})
+    made = not manifest.exists()
+    if made:
+        write_json(manifest, {"cache": cache_records(cache, "float32")})
     try:
         decoder = OnnxDecoder(directory, providers=["CPUExecutionProvider"], block=8)
         errors = {"prompt": 0.0, "cached steps": 0.0}
@@ -121,13 +126,14 @@ def _check_decoder(program: Program, cache: Sequence[CacheTensor], directory: Pa
                 found = decoder.forward(ids[:, step : step + 1].numpy())
                 errors["cached steps"] = max(errors["cached steps"], _error(found, wanted[:, step : step + 1]))
     finally:
-        manifest.unlink()
+        if made:
+            manifest.unlink()
     return errors
 
 
-def _check_encoder(program: Program, model: OnnxModel, directory: Path) -> dict[str, float]:
+def _check_encoder(program: Program, outputs: Sequence[str], directory: Path) -> dict[str, float]:
     session = open_session(directory / MODEL_FILE, ["CPUExecutionProvider"])
-    errors = dict.fromkeys(model.outputs, 0.0)
+    errors = dict.fromkeys(outputs, 0.0)
     for batch, length in ((1, 13), (2, 5)):
         given: dict[str, torch.Tensor] = {}
         for node in program.graph.nodes:
@@ -145,8 +151,8 @@ def _check_encoder(program: Program, model: OnnxModel, directory: Path) -> dict[
             else:
                 given[name] = torch.zeros(batch, length, dtype=torch.long)
         wanted = run(program, torch.float32, "cpu", **given)
-        found = session.run(list(model.outputs), {name: value.numpy() for name, value in given.items()})
-        for name, value in zip(model.outputs, found, strict=True):
+        found = session.run(list(outputs), {name: value.numpy() for name, value in given.items()})
+        for name, value in zip(outputs, found, strict=True):
             errors[name] = max(errors[name], _error(value, wanted[name].numpy()))
     return errors
 

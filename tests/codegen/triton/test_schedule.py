@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6", reason="the kernels need Triton 3.6 or newer")
 
 from attnopt.codegen.triton.runtime.schedule import OVERHEAD, schedule, streaming_blocks
 from attnopt.codegen.triton.runtime.select import (
