@@ -249,6 +249,7 @@ class _Builder:
         args: dict[str, Any] = dict(zip(_NAMES[node.target], node.args, strict=True))
         cached: dict[str, fx.Node] = {}
         mask, owner = None, None
+        before = set(self.graph.nodes)
         with self.graph.inserting_before(node):
             if self.decoder:
                 cached = self._cached(site, node.target, args)
@@ -262,6 +263,9 @@ class _Builder:
         self.kept[args["layer"]] = kept, {k: v for k, v in cached.items() if k != "value"}
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
+        shared = {self.positions, *self.masks.values()}
+        for made in set(self.graph.nodes) - before - shared:  # whoever reads the result sees which site they are of
+            made.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
 
     def _cached(self, site: AttentionSite, op: Any, args: Mapping[str, Any]) -> dict[str, fx.Node]:
         n, call = site.layer, self.graph.call_function

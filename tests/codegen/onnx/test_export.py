@@ -232,15 +232,8 @@ def test_mistakes_are_named(exported: Callable[[str], Path], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "numbers"),
-    [
-        ("shared-map", 48),
-        pytest.param("shared-kv", 32, marks=pytest.mark.slow),
-        ("uneven", 64),
-        pytest.param("routed", 64, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "numbers"), [("shared-map", 48), ("shared-kv", 32), ("uneven", 64), ("routed", 64)])
 def test_layers_cache_what_they_really_store(name: str, numbers: int, tmp_path: Path) -> None:
     """emit checks prompt and cached steps against the program, which differs from the plain model's."""
     program = variant(name)
