@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.attnopt-setup
 
-.PHONY: help setup demo test test-slow lint format clean
+GPU_RESULT := benchmarks/results/gpu.json
+
+.PHONY: help setup demo test test-slow gpu lint format clean
 
 help:
 	@echo "make demo       install, then convert a real model and compare it with the original (a few minutes)"
 	@echo "make test       install, then run the fast tests"
 	@echo "make test-slow  the tests that need the real model or minutes"
+	@echo "make gpu        kernels on a CUDA device: correctness and speed, into $(GPU_RESULT)"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only install, into $(VENV)"
 	@echo "make clean      remove $(VENV) and caches"
@@ -33,6 +36,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --out $(GPU_RESULT)
 
 lint: setup
 	$(BIN)/ruff check attnopt tests benchmarks

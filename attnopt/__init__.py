@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 import attnopt.codegen.hf  # noqa: F401 - makes transformers know our model class once it is imported; imports nothing
 
 if TYPE_CHECKING:
-    from attnopt.api import convert, inspect, list_passes, profile, run_pipeline, verify
+    from attnopt.api import bench, convert, export, inspect, list_passes, profile, run_pipeline, verify
     from attnopt.conversion import CalibrationOptions, RunOptions
+    from attnopt.exporting import ExportOptions
     from attnopt.profiling import ProfileOptions
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "CalibrationOptions": "attnopt.conversion",
+    "ExportOptions": "attnopt.exporting",
     "ProfileOptions": "attnopt.profiling",
     "RunOptions": "attnopt.conversion",
     "bench": "attnopt.api",
     "convert": "attnopt.api",
+    "export": "attnopt.api",
     "inspect": "attnopt.api",
     "list_passes": "attnopt.api",
     "profile": "attnopt.api",
@@ -29,11 +32,13 @@ _PUBLIC = {
 
 __all__ = [
     "CalibrationOptions",
+    "ExportOptions",
     "ProfileOptions",
     "RunOptions",
     "__version__",
     "bench",
     "convert",
+    "export",
     "inspect",
     "list_passes",
     "profile",

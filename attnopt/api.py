@@ -16,6 +16,7 @@ from typing import Any
 
 from attnopt.conversion import CalibrationOptions, RunOptions, convert_model, open_and_capture, preview
 from attnopt.errors import AttnoptError, OptionError
+from attnopt.exporting import Export, ExportOptions, export_model
 from attnopt.profiling import ProfileOptions, profile_model
 from attnopt.progress import Reporter, Silent
 from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Profiled, Verification
@@ -204,6 +205,26 @@ def run_pipeline(
     if output is None:
         raise OptionError("no output directory given", "give one with -o OUT, or --dry-run to see what would be done")
     return convert_model(model, parsed, Path(output), calibration, options, reporter)
+
+
+def export(
+    model: str | Path, output: str | Path, options: ExportOptions, *, reporter: Reporter | None = None
+) -> Export:
+    """Lower a model, converted or not, for a target, check what was written and say what could not be lowered.
+
+    Args:
+        model: a Hugging Face model directory, a `.gguf` file or a hub id.
+        output: the directory to write.
+        options: format, target and so on.
+        reporter: told what goes on.
+
+    Raises:
+        OptionError: there is no such format or target.
+        SourceError: the model cannot be read.
+        UnsupportedError: the format cannot hold the model, or the result fails its check.
+        AttnoptError: the output exists or cannot be written.
+    """
+    return export_model(model, Path(output), options, reporter or Silent())
 
 
 def list_passes() -> PassList:

@@ -44,6 +44,21 @@ class Emit(StrEnum):
     attnopt = "attnopt"
 
 
+class Format(StrEnum):
+    """What a model is lowered to."""
+
+    onnx = "onnx"
+    triton = "triton"
+
+
+class Attention(StrEnum):
+    """How ONNX computes attention."""
+
+    auto = "auto"
+    matmul = "matmul"
+    operator = "operator"
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result, warnings and errors")]
@@ -406,6 +421,52 @@ def bench(
                 reporter=session.reporter,
             )
         )
+
+
+@app.command(
+    epilog=_example(
+        "attnopt export ./SmolLM2-135M-mla --format onnx -o ./SmolLM2-135M-mla-onnx",
+        "attnopt export ./SmolLM2-135M-mla --format triton --target sm_90 -o ./SmolLM2-135M-mla-triton",
+    )
+)
+def export(
+    model: Model,
+    format: Annotated[Format, typer.Option("--format", help="what to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="cpu|sm_80|sm_89|sm_90|sm_100|gfx942",
+            help="machine to write it for; cpu for onnx and sm_90 for triton by default",
+        ),
+    ] = None,
+    attention: Annotated[
+        Attention,
+        typer.Option("--attention", help="in ONNX: matrix products, the Attention operator, or what suits the target"),
+    ] = Attention.auto,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="in Triton: type of weights and cache: auto (the source's), bfloat16, ...")
+    ] = "auto",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Lower a model for a runtime and a machine. What was written is checked from the saved files."""
+    with Session(json=json, quiet=quiet, verbose=verbose) as session:
+        from attnopt import api
+
+        options = api.ExportOptions(
+            format=format.value,
+            target=target,
+            attention=attention.value,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        return session.show(api.export(model, output, options, reporter=session.reporter))
 
 
 @app.command(epilog=_example("attnopt passes"))

@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "attnopt.render": set(),
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
-VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.demo"}
+VERBS = {
+    "attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.exporting", "attnopt.demo",
+}  # fmt: skip
 DOOR = {"attnopt.cli", "attnopt.cli_options", "attnopt.session", "attnopt.__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
