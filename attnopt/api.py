@@ -108,6 +108,28 @@ def convert(
     return result
 
 
+def requested_pipeline(method: str | None, options: Mapping[str, Any], plan: Path | None) -> str | None:
+    """The pipeline text of a method, or None where a plan names the pipeline.
+
+    Args:
+        method, options: as for `method_pipeline`.
+        plan: the plan file, if there is one.
+
+    Raises:
+        OptionError: as `method_pipeline`; or a plan is given together with options of a method.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if method is None and plan is not None:
+        if given:
+            raise OptionError(f"--{given[0]} has no effect beside --plan", "edit the plan's pipeline instead")
+        return None
+    if method is None:
+        from attnopt.passes.registry import REGISTRY
+
+        raise OptionError("no method is given", f"give --to with one of {', '.join(REGISTRY.methods)}, or --plan FILE")
+    return method_pipeline(method, options)
+
+
 def method_pipeline(method: str, options: Mapping[str, Any]) -> str:
     """The pipeline text that a method stands for.
 
@@ -137,7 +159,7 @@ def method_pipeline(method: str, options: Mapping[str, Any]) -> str:
 
 def run_pipeline(
     model: str | Path,
-    pipeline: str,
+    pipeline: str | None,
     output: str | Path | None,
     *,
     calibration: CalibrationOptions | None = None,
@@ -148,7 +170,7 @@ def run_pipeline(
 
     Args:
         model: a Hugging Face model directory, a `.gguf` file or a hub id.
-        pipeline: its text, e.g. "to-mla{kv-keep=0.5}".
+        pipeline: its text, e.g. "to-mla{kv-keep=0.5}"; None takes that of `options.plan`.
         output: the directory to write; not needed for `options.dry_run`.
         calibration: what to calibrate on; by default text that the model writes itself.
         options: how to run; with `dry_run` the plan is returned and nothing is read or written.
@@ -164,6 +186,18 @@ def run_pipeline(
     from attnopt.rewriter.pipeline import Pipeline
 
     calibration, options, reporter = calibration or CalibrationOptions(), options or RunOptions(), reporter or Silent()
+    if options.plan is not None:
+        from attnopt.rewriter.planfile import PlanFile
+
+        planned = PlanFile.load(options.plan).pipeline
+        if pipeline is not None and Pipeline.parse(pipeline, REGISTRY) != Pipeline.parse(planned, REGISTRY):
+            raise OptionError(
+                f"the plan is for the pipeline {planned}, not for {pipeline}",
+                "leave the method and its options out: the plan names them",
+            )
+        pipeline = planned
+    if pipeline is None:
+        raise OptionError("neither a pipeline nor a plan is given", "name a method with --to, or give --plan FILE")
     parsed = Pipeline.parse(pipeline, REGISTRY)
     if options.dry_run:
         return preview(model, parsed, calibration, options, reporter)

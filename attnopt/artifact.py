@@ -102,6 +102,7 @@ class Manifest:
         sites_changed: number of attention layers rewritten.
         cached_numbers_per_token, parameters: (before, after).
         layers: per-layer results.
+        plan: what the passes did to each layer, as a plan file has it.
         metrics: quality figures.
         run: what varies from run to run (seconds, memory, machine).
     """
@@ -114,6 +115,7 @@ class Manifest:
     cached_numbers_per_token: tuple[int, int]
     parameters: tuple[int, int]
     layers: Sequence[Mapping[str, Any]] = ()
+    plan: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
 
@@ -130,6 +132,7 @@ class Manifest:
             "cached_numbers_per_token": _before_after(self.cached_numbers_per_token),
             "parameters": _before_after(self.parameters),
             "layers": [dict(layer) for layer in self.layers],
+            **({"plan": dict(self.plan)} if self.plan is not None else {}),
             "metrics": dict(self.metrics or {}),
             "run": dict(self.run or {}),
         }

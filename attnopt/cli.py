@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import attnopt
+from attnopt import cli_options as options
 from attnopt.demo import CALIB_TOKENS
 from attnopt.session import INTERRUPTED, Session, report_failure
 
@@ -39,6 +40,7 @@ class Emit(StrEnum):
 
     auto = "auto"
     deepseek_v3 = "deepseek_v3"
+    source = "source"
     attnopt = "attnopt"
 
 
@@ -54,7 +56,7 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         metavar="self|FILE",
-        help="text file to calibrate on, may be repeated; 'self' lets the model write the text",
+        help="text to calibrate on (image models: pictures), may be repeated; 'self' lets the model write it",
         show_default="self",
     ),
 ]
@@ -78,7 +80,7 @@ EmitAs = Annotated[
     Emit,
     typer.Option(
         "--emit",
-        help="write for stock transformers (deepseek_v3), for attnopt's class, or choose",
+        help="write for stock transformers (deepseek_v3, or the source's class), for attnopt's class, or choose",
     ),
 ]
 
@@ -122,17 +124,9 @@ def inspect(
 def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calib",
-            metavar="self|FILE",
-            help="text to profile on (pictures: a directory or .npz), may be repeated; 'self' lets the model write it",
-            show_default="self",
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option("--calib-tokens", help="how much text, in tokens")] = 16384,
-    context: Annotated[int, typer.Option("--context", help="length of a prompt")] = 1024,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 16384,
+    context: Context = 1024,
     seed: Seed = 0,
     gradients: Annotated[bool, typer.Option(help="also measure what needs a backward pass")] = True,
     device: Device = "auto",
@@ -162,11 +156,15 @@ def profile(
     epilog=_example(
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 -o ./SmolLM2-135M-mla",
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 --dry-run",
+        "attnopt convert ./SmolLM2-135M --to prune --keep-heads 0.67 --dry-run --measure --json > plan.json",
+        "attnopt convert ./SmolLM2-135M --plan plan.json -o ./SmolLM2-135M-pruned",
     )
 )
 def convert(
     model: Model,
-    to: Annotated[str, typer.Option("--to", metavar="METHOD", help="the method; 'attnopt passes' lists them")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="METHOD", help="the method; 'attnopt passes' lists them")
+    ] = None,
     output: Output = None,
     kv_keep: Annotated[
         float | None,
@@ -178,7 +176,21 @@ def convert(
         Recover | None,
         typer.Option(help="fit each layer to the original after the closed form, or not"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="convert even if the cache grows")] = False,
+    force: Annotated[bool, typer.Option("--force", help="mla: convert even if the cache grows")] = False,
+    layers: options.Layers = None,
+    fraction: options.Fraction = None,
+    edge: options.EdgeKind = None,
+    active: options.Active = None,
+    shared_heads: options.SharedHeads = None,
+    router: options.Router = None,
+    gate: options.Gate = None,
+    keep_heads: options.KeepHeads = None,
+    unit: options.UnitKind = None,
+    groups: options.Groups = None,
+    importance: options.Importance = None,
+    fill: options.Fill = None,
+    sparsity: options.Sparsity = None,
+    structured: options.Structured = False,
     emit: EmitAs = Emit.auto,
     calib: Calib = None,
     calib_tokens: CalibTokens = 32768,
@@ -187,7 +199,10 @@ def convert(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
+    profile: options.ProfileDir = None,
+    plan: options.PlanFile = None,
     dry_run: DryRun = False,
+    measure: options.Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,
@@ -203,11 +218,26 @@ def convert(
         "qk-rope-head-dim": qk_rope_head_dim,
         "recover": recover,
         "force": force or None,
+        "layers": layers,
+        "fraction": fraction,
+        "edge": edge,
+        "active": active,
+        "shared-heads": int(shared_heads) if shared_heads and shared_heads.isdigit() else shared_heads,
+        "router": router,
+        "gate": gate,
+        "keep-heads": keep_heads,
+        "unit": unit,
+        "groups": groups,
+        "importance": importance,
+        "fill": fill,
+        "sparsity": sparsity,
+        "structured": structured or None,
     }
+    method_options = {name: getattr(value, "value", value) for name, value in method_options.items()}
     with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
         from attnopt import api
 
-        pipeline = api.method_pipeline(to, method_options)
+        pipeline = api.requested_pipeline(to, method_options, plan)
         result = api.run_pipeline(
             model,
             pipeline,
@@ -219,6 +249,9 @@ def convert(
                 dtype=dtype,
                 memory_budget=memory_budget,
                 dry_run=dry_run,
+                measure=measure,
+                plan=plan,
+                profile=profile,
                 resume=resume,
                 overwrite=overwrite,
                 check_each=check_each,
@@ -233,8 +266,9 @@ def convert(
 def run(
     model: Model,
     pipeline: Annotated[
-        str, typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas")
-    ],
+        str | None,
+        typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas"),
+    ] = None,
     output: Output = None,
     emit: EmitAs = Emit.auto,
     calib: Calib = None,
@@ -244,7 +278,10 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory_budget: Budget = None,
+    profile: options.ProfileDir = None,
+    plan: options.PlanFile = None,
     dry_run: DryRun = False,
+    measure: options.Measure = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     check_each: CheckEach = False,
@@ -268,6 +305,9 @@ def run(
                 dtype=dtype,
                 memory_budget=memory_budget,
                 dry_run=dry_run,
+                measure=measure,
+                plan=plan,
+                profile=profile,
                 resume=resume,
                 overwrite=overwrite,
                 check_each=check_each,

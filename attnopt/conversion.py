@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.errors import AttnoptError, OptionError
+from attnopt.errors import OptionError
+from attnopt.planning import (
+    file_hashes,
+    given_plan,
+    needs_text,
+    plan_done,
+    plan_notes,
+    predict_memory,
+    read_profile,
+    refuse_beyond_budget,
+)
 from attnopt.progress import Reporter
 from attnopt.results import Conversion, PlanPreview
 
@@ -17,8 +27,8 @@ if TYPE_CHECKING:
 
     from attnopt.profiles.calibration import Calibration
     from attnopt.rewriter.instruments import NumericCheck
-    from attnopt.rewriter.passes import Plan
-    from attnopt.rewriter.pipeline import Instrument, Pipeline, PipelineResult
+    from attnopt.rewriter.passes import Pass, PassContext, Plan
+    from attnopt.rewriter.pipeline import Given, Instrument, Pipeline, PipelineResult
     from attnopt.rewriter.program import Program
     from attnopt.rewriter.source import ModelSource
     from attnopt.staging import Staging
@@ -68,11 +78,14 @@ class RunOptions:
     """How to run and what to write.
 
     Attributes:
-        emit: "auto", "deepseek_v3" or "attnopt".
+        emit: "auto", "deepseek_v3", "source" or "attnopt".
         device: "auto", "cpu" or "cuda[:N]".
         dtype: type of the written weights, one of `DTYPES`.
         memory_budget: gigabytes; what is predicted to need more is refused.
         dry_run: only plan.
+        measure: with `dry_run`, run the passes and plan every choice; otherwise what is measured stays open.
+        plan: a plan file that says what the passes do.
+        profile: directory of a profile that passes may read.
         resume: go on with an unfinished run.
         overwrite: replace an existing output.
         check_each: compare the logits before and after every pass.
@@ -84,6 +97,9 @@ class RunOptions:
     dtype: str = "auto"
     memory_budget: float | None = None
     dry_run: bool = False
+    measure: bool = False
+    plan: Path | None = None
+    profile: Path | None = None
     resume: bool = False
     overwrite: bool = False
     check_each: bool = False
@@ -93,36 +109,65 @@ class RunOptions:
 def preview(
     model: str | Path, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions, reporter: Reporter
 ) -> PlanPreview:
-    """What a conversion would do. Weights are not read and nothing is written."""
+    """What a conversion would do. Nothing is written, and weights are read only if choices are to be measured."""
+    from attnopt.rewriter.planfile import PlanFile
+
     source, program = open_and_capture(model, options.trust_remote_code, reporter)
-    plans = pipeline.plan(program)
+    given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
+    plans = pipeline.plan(program, given, profiles)
+    if options.measure:
+        plans = _measured(source, program, pipeline, calibration, options, reporter, given, profiles, plans)
     after = program.cached_numbers_per_token
     for _, plan in plans:
         after += sum(edit.cached_numbers_per_token[1] - edit.cached_numbers_per_token[0] for edit in plan.edits)
+    file = PlanFile.of(source.identity, pipeline.to_text(), plans, calibration.seed)
     layers = [
         {
-            "pass": text,
+            "pass": item.to_text(),
             "site": edit.site,
             **edit.edit,
             "cached_numbers_per_token": dict(zip(("before", "after"), edit.cached_numbers_per_token, strict=True)),
         }
-        for text, plan in plans
+        for item, plan in plans
         for edit in plan.edits
     ]
     return PlanPreview(
         model=source.name,
         pipeline=pipeline.to_text(),
-        notes=_plan_notes([plan for _, plan in plans]),
+        notes=plan_notes([plan for _, plan in plans]),
         layers=tuple(layers),
         cached_before=program.cached_numbers_per_token,
         cached_after=after,
         memory_bytes=predict_memory(program, [plan for _, plan in plans], calibration),
+        document=file.to_json(),
     )
 
 
-def _plan_notes(plans: Sequence[Plan]) -> tuple[str, ...]:
-    notes = [note for plan in plans for note in plan.notes]
-    return (*notes, *(f"left alone: {miss.reason}" for plan in plans for miss in plan.misses))
+def _measured(
+    source: ModelSource,
+    program: Program,
+    pipeline: Pipeline,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    reporter: Reporter,
+    given: Given | None,
+    profiles: Mapping[str, Any],
+    plans: Sequence[tuple[Pass, Plan]],
+) -> list[tuple[Pass, Plan]]:
+    """The plans of passes that were run, with every choice made; what they made is dropped."""
+    from attnopt.profiles.calibration import self_sampled
+    from attnopt.rewriter.passes import PassContext
+
+    device, text = resolve_device(options.device), None
+    if calibration.files:
+        text = _from_files(source, calibration)
+    elif needs_text(plans):
+        text = self_sampled(
+            source, calibration.tokens, calibration.context, calibration.seed, device=str(device), reporter=reporter
+        )
+    context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
+    results = pipeline.run(program, context, given=given).results
+    return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
 
 
 def open_and_capture(model: str | Path, trust_remote_code: bool, reporter: Reporter) -> tuple[ModelSource, Program]:
@@ -148,41 +193,6 @@ def capture_model(source: ModelSource, reporter: Reporter) -> Program:
 
     reporter.say("capturing its graph")
     return capture(source)
-
-
-def predict_memory(program: Program, plans: Sequence[Plan], calibration: CalibrationOptions) -> int:
-    """Bytes at the peak: this process, one layer in float32, the hidden states of the text, and what a pass asks for.
-
-    If the model writes its calibration text itself, it is in memory as a whole before; the larger phase counts.
-    """
-    from attnopt.profiles.calibration import SAMPLING_CACHE_BYTES, sampling_dtype
-    from attnopt.rewriter.segments import assign_segments
-
-    segments = assign_segments(program)
-    weights: dict[int, set[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            for user in node.users:
-                weights.setdefault(segments.get(user, 0), set()).add(str(node.target))
-    largest = max(sum(program.weights.meta(name).numel for name in names) for names in weights.values())
-    width = max(site.o.out_features for site in program.site_list)
-    hidden = 2 * 4 * calibration.tokens * width
-    layerwise = 4 * largest + hidden + max((plan.memory for plan in plans), default=0)
-    itemsize = sampling_dtype("cpu").itemsize
-    cached = min(SAMPLING_CACHE_BYTES, calibration.tokens * program.cached_numbers_per_token * itemsize)
-    sampling = 0 if calibration.files else program.parameters * itemsize + cached
-    return resident_bytes() + max(layerwise, sampling)
-
-
-def resident_bytes() -> int:
-    """Resident size of this process now; 0 where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    import resource
-
-    return pages * resource.getpagesize()
 
 
 class Clock:
@@ -224,20 +234,26 @@ def convert_model(
         "dtype": options.dtype,
         "device": device.type,
         "seed": calibration.seed,
+        **file_hashes(options),
     }
     key = resume_key(source.identity, pipeline.to_text(full=True), settings)
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
     with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
         program = capture_model(source, reporter)
-        check_source(program, options.emit)
-        _refuse_beyond_budget(program, pipeline, calibration, options)
+        latent = any("mla" in item.provides for item in pipeline.passes)
+        latent |= any(site.latent is not None for site in program.site_list)
+        check_source(program, options.emit, latent, any(item.reshapes() for item in pipeline.passes))
+        given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
+        plans = pipeline.plan(program, given, profiles)
+        refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        if text is None:
+        if text is None and needs_text(plans):
             text = _self_written(source, calibration, options, device, staging, reporter)
         settings["calibration"] = _describe(calibration, text)
         clock.lap("calibration text")
-        reporter.say(f"running {pipeline.to_text()} on {text.tokens:,} tokens")
-        result, check = _run_passes(program, pipeline, text, device, options, staging, reporter)
+        reporter.say(f"running {pipeline.to_text()}" + (f" on {text.tokens:,} tokens" if text is not None else ""))
+        context = _context(text, calibration, device, options, staging, reporter, profiles)
+        result, check = _run_passes(program, pipeline, context, options, given)
         clock.lap("passes")
         emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
         cached = (program.cached_numbers_per_token, emitted.cached_numbers_per_token)
@@ -251,6 +267,7 @@ def convert_model(
             cached_numbers_per_token=cached,
             parameters=parameters,
             layers=[layer for one in result.results for layer in one.layers],
+            plan=plan_done(source, pipeline, result, calibration.seed),
             run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
         ).write(staging.path)
         staging.finish()
@@ -360,45 +377,40 @@ def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict
     return found
 
 
-def _refuse_beyond_budget(
-    program: Program, pipeline: Pipeline, calibration: CalibrationOptions, options: RunOptions
-) -> None:
-    """Plan before anything is computed: what a pass cannot do, or memory cannot hold, is refused now."""
-    plans = [plan for _, plan in pipeline.plan(program)]
-    if options.memory_budget is None:
-        return
-    needed = predict_memory(program, plans, calibration)
-    if needed > options.memory_budget * 1e9:
-        raise AttnoptError(
-            f"this needs about {needed / 1e9:.1f} GB of memory, more than the budget of {options.memory_budget:g} GB",
-            "use fewer --calib-tokens, give text with --calib FILE (then the model is not held as a whole), "
-            "or raise --memory-budget",
-        )
-
-
-def _run_passes(
-    program: Program,
-    pipeline: Pipeline,
-    text: Calibration,
+def _context(
+    text: Calibration | None,
+    calibration: CalibrationOptions,
     device: torch.device,
     options: RunOptions,
     staging: Staging,
     reporter: Reporter,
-) -> tuple[PipelineResult, NumericCheck | None]:
-    from attnopt.rewriter.instruments import NumericCheck, Verify
+    profiles: Mapping[str, Any],
+) -> PassContext:
     from attnopt.rewriter.passes import PassContext
 
-    check = NumericCheck({"input_ids": text.selection[:1]}, device=device) if options.check_each else None
-    context = PassContext(
+    return PassContext(
         workdir=staging,
         calibration=text,
         device=device,
-        seed=text.seed,
+        seed=text.seed if text is not None else calibration.seed,
         reporter=reporter,
         resume=options.resume,
+        profiles=profiles,
         memory_budget=int(options.memory_budget * 1e9) if options.memory_budget else None,
     )
+
+
+def _run_passes(
+    program: Program, pipeline: Pipeline, context: PassContext, options: RunOptions, given: Given | None
+) -> tuple[PipelineResult, NumericCheck | None]:
+    from attnopt.rewriter.instruments import NumericCheck, Verify
+
+    check = None
+    if options.check_each:
+        if context.calibration is None:
+            raise OptionError("--check-each compares on calibration text", "give text with --calib")
+        check = NumericCheck({"input_ids": context.calibration.selection[:1]}, device=context.device)
     instruments: list[Instrument] = [Verify()]
     if check is not None:
         instruments.append(check)
-    return pipeline.run(program, context, instruments), check
+    return pipeline.run(program, context, instruments, given), check

@@ -150,6 +150,7 @@ class PlanPreview:
         layers: per-layer plan as JSON values.
         cached_before, cached_after: cached numbers per token; after is None if only measuring can tell.
         memory_bytes: predicted peak.
+        document: the plan as a plan file has it.
     """
 
     model: str
@@ -159,16 +160,15 @@ class PlanPreview:
     cached_before: int
     cached_after: int | None
     memory_bytes: int
+    document: Mapping[str, Any]
 
     exit_code = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The document `attnopt.plan/1`."""
+        """The document `attnopt.plan/1`, which --plan takes back."""
         return {
-            "schema": "attnopt.plan/1",
-            "pipeline": self.pipeline,
+            **self.document,
             "notes": list(self.notes),
-            "layers": [dict(layer) for layer in self.layers],
             "cached_numbers_per_token": {"before": self.cached_before, "after": self.cached_after},
             "memory_bytes": self.memory_bytes,
         }

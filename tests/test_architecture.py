@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "attnopt.render": set(),
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
-VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.profiling", "attnopt.demo"}
-DOOR = {"attnopt.cli", "attnopt.session", "attnopt.__main__"}
+VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.demo"}
+DOOR = {"attnopt.cli", "attnopt.cli_options", "attnopt.session", "attnopt.__main__"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

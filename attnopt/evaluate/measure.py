@@ -241,7 +241,8 @@ def count_cached_numbers(cache: Any, batch: int) -> int:
     Raises:
         AttnoptError: it is no cache of keys and values, or a layer does not hold whole tokens.
     """
-    layers = getattr(cache, "layers", None)
+    # A layer that reads another layer's keys and values keeps none, and never starts to.
+    layers = [one for one in getattr(cache, "layers", None) or () if getattr(one, "is_initialized", True)]
     if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise AttnoptError("the model keeps no cache of keys and values", "only causal language models can be measured")
     total = 0

@@ -7,8 +7,18 @@ from attnopt.rewriter.registry import Entry, Registry
 REGISTRY = Registry(
     items={
         "to-mla": Entry("attnopt.passes.mla.to_mla:ToMla", "turn attention into Multi-head Latent Attention"),
+        "share": Entry(
+            "attnopt.passes.share.share:Share", "let layers read an earlier layer's map, or keys and values"
+        ),
+        "prune": Entry("attnopt.passes.prune.prune:Prune", "remove heads or key/value groups"),
+        "moh": Entry("attnopt.passes.moh.moh:MixtureOfHeads", "let each token choose its heads"),
+        "dimap": Entry("attnopt.passes.dimap.dimap:Dimap", "prune weights, or heads and channels, without any data"),
     },
     methods={
         "mla": ("to-mla", "keep a fraction of the cache: one latent and one rotary key per token and layer"),
+        "share": ("share", "layers that attend alike read one attention map, or one set of keys and values"),
+        "moh": ("moh", "mixture of heads: shared heads always work, each token chooses among the others"),
+        "prune": ("prune", "remove the heads or key/value groups that are missed least"),
+        "dimap": ("dimap", "prune by weights alone, ranked within the modules of each kind"),
     },
 )

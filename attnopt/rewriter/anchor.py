@@ -28,7 +28,15 @@ NAME = "attnopt"
 
 # Arguments that reach the attention function but do not change its result when no cache is used.
 _INERT = frozenset(
-    {"position_ids", "use_cache", "cache_position", "return_dict", "num_items_in_batch", "output_hidden_states"}
+    {
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "return_dict",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "attnopt_shared",  # where layers of our own class leave what others read
+    }
 )
 
 

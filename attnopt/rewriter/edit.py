@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,11 +92,11 @@ class Editor:
         finally:
             self._place = outer
 
-    def call(self, target: torch._ops.OpOverload, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
         """Insert a call of an ATen or dialect op.
 
         Args:
-            target: the op, e.g. `torch.ops.aten.linear.default`.
+            target: the op, e.g. `torch.ops.aten.linear.default`, or `operator.getitem`.
             args, kwargs: its arguments; nodes stand for values.
             name: what to call the node; made unique.
 
@@ -120,12 +120,13 @@ class Editor:
             node.meta["val"] = value
         return node
 
-    def weight(self, name: str, value: Value | None = None) -> fx.Node:
+    def weight(self, name: str, value: Value | None = None, buffer: bool = False) -> fx.Node:
         """The node that reads a weight, made if there is none.
 
         Args:
             name: name in the WeightStore.
             value: defines the weight first, see `set_weight`.
+            buffer: it is a constant and no parameter.
         """
         if value is not None:
             self.set_weight(name, value)
@@ -140,7 +141,7 @@ class Editor:
         with self._graph.inserting_before(before):
             node = self._graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self._mark(node, site, before)
-        node.meta["buffer"] = False
+        node.meta["buffer"] = buffer
         meta = meta_of(self._weights[name] if name in self._weights else self._before.weights[name])
         dtype = torch.float32 if meta.dtype.is_floating_point else meta.dtype
         with _fake_mode(before):
@@ -165,9 +166,10 @@ class Editor:
         self._journal.append(Edit("weight", site, name))
 
     def fresh_name(self, name: str) -> str:
-        """`name`, or `attnopt.` + `name` if that is the name of something else."""
-        taken = name in self._before.weights or name in self._weights
-        return f"attnopt.{name}" if taken else name
+        """`name`, with as many `attnopt.` before it as it takes for it to be the name of nothing else."""
+        while name in self._before.weights or name in self._weights:
+            name = f"attnopt.{name}"
+        return name
 
     def redirect(self, old: str | fx.Node, new: fx.Node) -> None:
         """Let every reader of `old` read `new` instead (but not `new` itself, if it is computed from `old`)."""
@@ -280,4 +282,6 @@ def weight_names(site: AttentionSite) -> tuple[str, ...]:
         if part is not None:
             names += [part.weight, part.bias]
     names += [site.mask.sinks, *site.mask.bias]
+    if site.route is not None:
+        names += [site.route.weight, site.route.bias, site.route.fill]
     return tuple(dict.fromkeys(name for name in names if name is not None))

@@ -78,13 +78,25 @@ class LoadedSegment:
         return self.evaluate_all(env, [name], overrides)[name]
 
     def evaluate_all(
-        self, env: Env, names: Sequence[str], overrides: Mapping[str, Tensor] | None = None
+        self,
+        env: Env,
+        names: Sequence[str],
+        overrides: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The values of several nodes at once; shared work is done once."""
+        """The values of several nodes at once; shared work is done once.
+
+        Args:
+            env, overrides: as for `evaluate`.
+            names: of the nodes.
+            weights: values to use in place of stored weights, e.g. ones to be trained.
+        """
         values = {**env.values, **(overrides or {})}
         missing = [name for name in names if name not in values]
         plan = self._runner._plan(self.segment, tuple(missing), tuple(values))
-        found = plan.run(values, self.weight) if missing else {}
+        given = weights or {}
+        read = (lambda name: given[name] if name in given else self.weight(name)) if given else self.weight
+        found = plan.run(values, read) if missing else {}
         return {name: found[name] if name in found else values[name] for name in names}
 
     def advance(self, env: Env, overrides: Mapping[str, Tensor] | None = None) -> Env:

@@ -22,11 +22,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from attnopt.errors import OptionError
 from attnopt.progress import Reporter, Silent
 from attnopt.rewriter.edit import Editor, weight_names
 from attnopt.rewriter.options import Options, option
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss
+from attnopt.rewriter.segments import layer_path
 from attnopt.rewriter.steps import MemorySteps, StepStore
 
 __all__ = ["Analysis", "Item", "Pass", "PassContext", "PassResult", "Plan", "SitePlan", "option"]
@@ -63,6 +65,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     memory: int = 0
 
+    def edit_of(self, site: str) -> Mapping[str, Any] | None:
+        """What is intended for a layer, or None if it is left alone."""
+        return next((edit.edit for edit in self.edits if edit.site == site), None)
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -74,6 +80,7 @@ class PassResult:
         misses: layers left alone, with the reason.
         summary: facts about the run, as plain data; kept in the program's history and the manifest.
         layers: per-layer facts, as plain data.
+        plan: what was carried out, every choice made; set by the pipeline.
     """
 
     program: Program
@@ -81,6 +88,7 @@ class PassResult:
     misses: tuple[Miss, ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[Mapping[str, Any], ...] = ()
+    plan: Plan | None = None
 
     @classmethod
     def of(
@@ -133,9 +141,11 @@ class Item(Options, ABC):
         name: in pipeline text.
         requires: names of what must have been provided before, by an earlier item or an analysis run on demand.
         provides: names of what is available after it.
+        not_after: items that may not come before it, each with the rule that says why.
     """
 
     name: ClassVar[str]
+    not_after: ClassVar[Mapping[str, str]] = {}
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ()
 
@@ -160,8 +170,10 @@ class Pass(Item):
         preserves: names of provided results that stay valid after it although it changed the program.
         may_change_nothing: True if changing no attention layer is a legal outcome.
         bound: largest relative change of the output the pass may cause (see `NumericCheck`); None if it is lossy.
+        section: where a plan file keeps what the pass intends for a layer.
     """
 
+    section: ClassVar[str] = ""
     preserves: ClassVar[tuple[str, ...]] = ()
     may_change_nothing: ClassVar[bool] = False
     bound: ClassVar[float | None] = None
@@ -177,6 +189,44 @@ class Pass(Item):
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """What would be done: pure and cheap, without reading weights. `profiles` may be empty (`--dry-run`)."""
 
+    def reshapes(self) -> bool:
+        """Whether it changes more than values: sizes, or what a layer computes. Known before any work is done."""
+        return True
+
+    def wants_text(self, plan: Plan) -> bool:
+        """Whether carrying out a plan reads calibration text."""
+        return True
+
+    def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
+        """The plan that a plan file spells out: only the layers it names, as it says.
+
+        A pass whose plans cannot be edited takes them back only as it would make them itself, for all or some layers.
+
+        Args:
+            program: as the pass will find it.
+            sections: what the file says for each layer, by fqn.
+
+        Raises:
+            OptionError: if that is not legal.
+        """
+        own = self.plan(program, {})
+        for fqn, section in sections.items():
+            edit = own.edit_of(fqn)
+            if edit is None or plain(edit) != plain(section):
+                raise OptionError(
+                    f"the plan's {self.section or self.name} of {fqn} is not what {self.to_text()} would do",
+                    f"change the options of {self.name} in the plan's pipeline, or leave layers out",
+                )
+        return replace(own, edits=tuple(edit for edit in own.edits if edit.site in sections))
+
+    def decide(self, program: Program, plan: Plan, context: PassContext) -> Plan:
+        """Make the choices that a plan has left open, by measuring. What is chosen can be applied again without it.
+
+        Raises:
+            OptionError: if what is needed for that was not given (calibration text, a profile).
+        """
+        return plan
+
     @abstractmethod
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Do it, through an Editor. `context.profiles` holds what is required."""
@@ -186,18 +236,30 @@ class Pass(Item):
         return []
 
 
+def plain(value: Any) -> Any:
+    """Plain data as JSON knows it: mappings as dicts, sequences as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
 def sites_differing(before: Program, after: Program) -> tuple[str, ...]:
-    """Attention layers of `after` whose facts, weights or nodes are not those of `before`, in layer order."""
+    """Layers of `after` that have other facts, weights (MLP included) or nodes than in `before`, in their order."""
     old_nodes = {node.name for node in before.graph.nodes}
     made_for = {
         node.meta["attnopt"]["site"]
         for node in after.graph.nodes
         if node.op != "get_attr" and node.name not in old_nodes and "attnopt" in node.meta
     }
+    read, known = set(after.weight_names), set(before.weights.names())
+    changed = [n for n, value in after.weights.items() if n in read and n in known and before.weights[n] != value]
     result = []
     for fqn, site in after.sites.items():
+        beside = any(name.startswith(f"{layer_path(fqn)}.") for name in changed)
         values = [(n, after.weights[n]) for n in weight_names(site) if n in after.weights]
         kept = all(name in before.weights and before.weights[name] == value for name, value in values)
-        if before.sites.get(fqn) != site or not kept or fqn in made_for:
+        if before.sites.get(fqn) != site or not kept or beside or fqn in made_for:
             result.append(fqn)
     return tuple(result)

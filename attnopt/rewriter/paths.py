@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -92,8 +93,10 @@ def read_choice(path: Path) -> Choice:
     Raises:
         Mismatch: if a dim is not one channel times a factor, or heads are laid out differently from one another.
     """
-    shape = (2, 3, path.source.out_features)
-    index = torch.arange(shape[-1], dtype=torch.float32).expand(shape)
+    # Rows are tokens, whatever the result's own shape: split into heads, or windows in the place of sequences.
+    channels = path.source.out_features
+    shape = (math.prod(path.probe.shape(path.source.node, 2, 3)) // channels, channels)
+    index = torch.arange(channels, dtype=torch.float32).expand(shape)
     factors = path.feed(torch.ones(shape), 2, 3)
     found = path.feed(index + 1.0, 2, 3)
     same = bool((factors == factors[:1, :, :1]).all() and (found == found[:1, :, :1]).all())

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attnopt.errors import OptionError, UnsupportedError, VerificationError
 from attnopt.rewriter.options import parse
-from attnopt.rewriter.passes import Analysis, Item, Pass, PassContext, PassResult, Plan, sites_differing
+from attnopt.rewriter.passes import (
+    Analysis,
+    Item,
+    Pass,
+    PassContext,
+    PassResult,
+    Plan,
+    SitePlan,
+    plain,
+    sites_differing,
+)
 from attnopt.rewriter.program import HistoryEntry, Program
 from attnopt.rewriter.registry import Registry
 from attnopt.rewriter.steps import ScopedSteps
@@ -36,6 +46,12 @@ class Between:
     item: Pass | None
     seconds: float
 
+
+#: What a plan file says: section of a pass -> fqn of a layer -> edit.
+Given = Mapping[str, Mapping[str, Any]]
+
+#: Step under which a pass's plan is kept once every choice is made.
+PLAN_STEP = "plan"
 
 #: An instrument; it returns True to stop the pipeline there.
 Instrument = Callable[[Between], bool | None]
@@ -91,7 +107,7 @@ class Pipeline:
         """The same items with every provider before those that require what it provides; otherwise the order is kept.
 
         Raises:
-            OptionError: if items require each other, or something that nothing provides.
+            OptionError: if items require each other, something that nothing provides, or an order that is not legal.
         """
         rest = list(self.items)
         done: list[Item] = []
@@ -103,6 +119,12 @@ class Pipeline:
             rest.remove(ready)
             done.append(ready)
         for place, item in enumerate(done):
+            for earlier in done[:place]:
+                if earlier.name in item.not_after:
+                    raise OptionError(
+                        f"{item.name} cannot come after {earlier.name}: {item.not_after[earlier.name]}",
+                        f"put {item.name} before {earlier.name}",
+                    )
             for need in item.requires:
                 if not any(need in other.provides for other in done[:place]):
                     self.registry.provider(need)
@@ -117,21 +139,52 @@ class Pipeline:
             for need in item.requires
         )
 
-    def plan(self, program: Program) -> list[tuple[str, Plan]]:
-        """What each pass would do to `program` as it is now: (pass text, plan). Nothing is read or computed.
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The items that change the program."""
+        return tuple(item for item in self.items if isinstance(item, Pass))
+
+    def plan(
+        self, program: Program, given: Given | None = None, profiles: Mapping[str, Any] | None = None
+    ) -> list[tuple[Pass, Plan]]:
+        """What each pass would do to `program` as it is now. No weights are read.
+
+        Args:
+            program: as captured.
+            given: what a plan file says for each pass, by its section.
+            profiles: what was measured before.
 
         Raises:
             UnsupportedError: if a pass cannot work on it.
+            OptionError: if what the plan file says is not legal.
         """
-        plans = []
-        for item in self.items:
-            if isinstance(item, Pass):
-                item.check(program)
-                plans.append((item.to_text(), item.plan(program, {})))
+        plans: list[tuple[Pass, Plan]] = []
+        for item in self.passes:
+            item.check(program)
+            if given is not None and plans:
+                # What the file says for later passes is about a program that is not there yet: checked when it is.
+                later = given.get(item.section, {})
+                cached = {fqn: (program.sites[fqn].cached_numbers_per_token,) * 2 for fqn in later}
+                edits = tuple(SitePlan(fqn, edit, cached[fqn]) for fqn, edit in later.items())
+                plans.append((item, Plan(edits)))
+            else:
+                plans.append((item, _plan_of(item, program, given, profiles or {})))
         return plans
 
-    def run(self, program: Program, context: PassContext, instruments: Sequence[Instrument] = ()) -> PipelineResult:
+    def run(
+        self,
+        program: Program,
+        context: PassContext,
+        instruments: Sequence[Instrument] = (),
+        given: Given | None = None,
+    ) -> PipelineResult:
         """Run every item on `program`.
+
+        Args:
+            program: what to change.
+            context: what the passes run in.
+            instruments: called between them.
+            given: what a plan file says for each pass, by its section; otherwise they decide for themselves.
 
         Raises:
             UnsupportedError: if a pass cannot work on the program, or changed nothing though it should.
@@ -152,7 +205,7 @@ class Pipeline:
                 profiles.update(dict.fromkeys(item.provides, item.run(program, scoped)))
                 program = _with_history(program, item, {})
             elif isinstance(item, Pass):
-                result = _run_pass(item, program, scoped)
+                result = _run_pass(item, program, scoped, given)
                 results.append(result)
                 if result.changed_sites:  # what was measured on the old program no longer holds
                     profiles = {what: profiles[what] for what in profiles if what in (*item.preserves, *established)}
@@ -191,10 +244,29 @@ def _with_history(program: Program, item: Item, summary: Mapping[str, Any]) -> P
     return program.replace(history=(*program.history, entry))
 
 
-def _run_pass(item: Pass, program: Program, context: PassContext) -> PassResult:
+def _plan_of(item: Pass, program: Program, given: Given | None, profiles: Mapping[str, Any]) -> Plan:
+    if given is None:
+        return item.plan(program, profiles)
+    return item.given(program, given.get(item.section, {}))
+
+
+def _decided(item: Pass, program: Program, plan: Plan, context: PassContext) -> Plan:
+    """The plan with every choice made, from an unfinished run if there is one."""
+    if context.resume and PLAN_STEP in context.workdir.steps_done():
+        _, record = context.workdir.load(PLAN_STEP)
+        edits = tuple(SitePlan(e["site"], e["edit"], tuple(e["cached"])) for e in record["edits"])
+        return replace(plan, edits=edits)
+    decided = item.decide(program, plan, context)
+    if decided is not plan:
+        made = [{"site": e.site, "edit": plain(e.edit), "cached": e.cached_numbers_per_token} for e in decided.edits]
+        context.workdir.save(PLAN_STEP, {}, {"edits": made})
+    return decided
+
+
+def _run_pass(item: Pass, program: Program, context: PassContext, given: Given | None = None) -> PassResult:
     item.check(program)
-    plan = item.plan(program, context.profiles)
-    result = item.apply(program, plan, context)
+    plan = _decided(item, program, _plan_of(item, program, given, context.profiles), context)
+    result = replace(item.apply(program, plan, context), plan=plan)
     if not result.changed_sites and not item.may_change_nothing:
         misses = [*result.misses, *plan.misses]
         nearest = f"; the nearest miss: {misses[0].reason}" if misses else ""

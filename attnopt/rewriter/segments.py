@@ -100,17 +100,30 @@ def _streams(program: Program, place: dict[fx.Node, int], live: list[list[fx.Nod
     """For each segment, the one floating-point tensor that enters it and was made by the segment before it.
 
     The prelude also makes rotary tables and masks; there it is the one with the shape that leaves the first layer.
+    Queries, keys and values that a later layer shares are not the stream.
     """
+    shared = _shared(program)
     result: list[str | None] = [None]
     shapes: list[tuple[object, ...] | None] = [None]
     for i in range(1, len(live) - 1):
-        fresh = [n for n in live[i] if place[n] == i - 1 and _is_float(n)]
+        fresh = [n for n in live[i] if place[n] == i - 1 and _is_float(n) and n not in shared]
         result.append(fresh[0].name if len(fresh) == 1 else None)
         shapes.append(_shape(fresh[0]) if len(fresh) == 1 else None)
     if len(result) > 2 and result[1] is None and shapes[2] is not None:
         fitting = [n for n in live[1] if _is_float(n) and _shape(n) == shapes[2]]
         result[1] = fitting[0].name if len(fitting) == 1 else None
     return result
+
+
+def _shared(program: Program) -> set[fx.Node]:
+    """Operands of attention that layers take from earlier ones, and the biases of their scores."""
+    consumers = {site.nodes.attention for site in program.site_list if site.share is not None}
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes if consumers else ():
+        if node.name in consumers:
+            for source in node.all_input_nodes:
+                found |= {source, *source.all_input_nodes}  # heads of the source may be picked on the way
+    return found
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -165,6 +165,54 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class ShareSpec:
+    """What a layer takes from an earlier one instead of computing it.
+
+    Attributes:
+        source: fqn of the layer it is taken from, which computes its own.
+        edge: "map" for the attention map (its queries and keys), "kv" for keys and values.
+    """
+
+    source: str
+    edge: Literal["map", "kv"]
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """Which heads work on which tokens (mixture of heads, arXiv 2410.11842).
+
+    Heads that are not in `shared` form units, in the order of their numbers: single heads, or all heads that read one
+    key/value head. Per token, the `active` units of highest score work; each of the others adds its row of `fill`.
+
+    Binary gates of working heads are 1. Weighted ones, which need training, are those of the paper's code: with p the
+    softmax of the scores and U the units that work, a2 * active * p_u / sum_U p of a unit, and
+    a1 * |shared| * softmax(shared_weight x)_i of shared head i; (a1, a2) = 2 softmax(balance x). Zero weights give 1.
+
+    Attributes:
+        router: "qnorm" scores a unit by the norm of its rotated queries, "linear" by weight x + bias of the input x.
+        shared: heads that always work, ascending.
+        active: number of units that work on a token.
+        unit: what is switched as a whole.
+        weight, bias: names of the linear router's [units, D] and [units]; None for "qnorm".
+        fill: name of [units, D]: what an idle unit adds to the layer's output; None for nothing.
+        gate: "binary" or "weighted".
+        shared_weight: name of [|shared|, D] of weighted gates; None for one shared head or none.
+        balance: name of [2, D] of weighted gates; None without shared heads.
+    """
+
+    router: Literal["qnorm", "linear"]
+    shared: tuple[int, ...]
+    active: int
+    unit: Literal["head", "kv-group"] = "head"
+    weight: str | None = None
+    bias: str | None = None
+    fill: str | None = None
+    gate: Literal["binary", "weighted"] = "binary"
+    shared_weight: str | None = None
+    balance: str | None = None
+
+
+@dataclass(frozen=True)
 class SiteNodes:
     """Names of the graph nodes that bound a site.
 
@@ -197,6 +245,10 @@ class AttentionSite:
         scale: factor on q.k before the softmax.
         latent: the MLA parts if kind == "mla", else None.
         nodes: the graph nodes that bound the site.
+        kv_of: key/value head that each query head reads, ascending; empty if they are evenly divided.
+        head_ids: number of each query head in the original model; empty if no head was removed or moved.
+        share: what it takes from an earlier layer, or None. What is shared has no projections here.
+        route: how its heads are switched per token, or None if all always work.
     """
 
     fqn: str
@@ -218,6 +270,33 @@ class AttentionSite:
     scale: float
     latent: LatentSpec | None
     nodes: SiteNodes
+    kv_of: tuple[int, ...] = ()
+    head_ids: tuple[int, ...] = ()
+    share: ShareSpec | None = None
+    route: RouteSpec | None = None
+
+    @property
+    def kv_head_of(self) -> tuple[int, ...]:
+        """Key/value head that each query head reads."""
+        return self.kv_of or tuple(h * self.kv_heads // self.heads for h in range(self.heads))
+
+    @property
+    def original_heads(self) -> tuple[int, ...]:
+        """Number of each query head in the original model."""
+        return self.head_ids or tuple(range(self.heads))
+
+    @property
+    def routed_units(self) -> tuple[tuple[int, ...], ...]:
+        """Heads of each unit that `route` switches; empty without a route."""
+        if self.route is None:
+            return ()
+        rest = [h for h in range(self.heads) if h not in self.route.shared]
+        if self.route.unit == "head":
+            return tuple((h,) for h in rest)
+        groups: dict[int, list[int]] = {}
+        for h in rest:
+            groups.setdefault(self.kv_head_of[h], []).append(h)
+        return tuple(tuple(group) for group in groups.values())
 
     @property
     def d_rope(self) -> int:

@@ -109,7 +109,42 @@ def _kind_fits(facts: Facts, site: AttentionSite) -> bool:
 
 def _anchor_fits(facts: Facts, site: AttentionSite) -> bool:
     node = facts.nodes.get(site.nodes.attention)
-    return node is not None and site.kind in ANCHORS.get(_op_name(node), frozenset())
+    if node is None or site.kind not in ANCHORS.get(_op_name(node), frozenset()):
+        return False
+    takes_map = site.share is not None and site.share.edge == "map"
+    return takes_map == (_op_name(node) == "attnopt::shared_attention")
+
+
+def _heads_divide(facts: Facts, site: AttentionSite) -> bool:
+    if not 0 < site.kv_heads <= site.heads:
+        return False
+    if not site.kv_of:
+        return site.heads % site.kv_heads == 0
+    fits = len(site.kv_of) == site.heads and sorted(set(site.kv_of)) == list(range(site.kv_heads))
+    return fits and list(site.kv_of) == sorted(site.kv_of)
+
+
+def _share_fits(facts: Facts, site: AttentionSite) -> bool:
+    assert site.share is not None
+    source = facts.program.sites.get(site.share.source)
+    if source is None or source.layer >= site.layer or source.share is not None or source.latent is not None:
+        return False
+    same = ("heads", "kv_heads", "d_qk", "kv_of", *(("d_v",) if site.share.edge == "kv" else ()))
+    return all(getattr(source, name) == getattr(site, name) for name in same)
+
+
+def _route_fits(facts: Facts, site: AttentionSite) -> bool:
+    assert site.route is not None
+    route, units, width = site.route, len(site.routed_units), site.o.out_features
+    shapes = {route.weight: (units, width), route.bias: (units,), route.fill: (units, width)}
+    shapes |= {route.shared_weight: (len(route.shared), width), route.balance: (2, width)}
+    legal = all(facts.shape(name) == shape for name, shape in shapes.items() if name is not None)
+    weighted = route.gate == "weighted"
+    legal &= (route.shared_weight is not None) == (weighted and len(route.shared) > 1)
+    legal &= (route.balance is not None) == (weighted and bool(route.shared))
+    legal &= not weighted or (route.router == "linear" and route.active > 0)
+    heads = list(route.shared) == sorted(set(route.shared)) and all(0 <= h < site.heads for h in route.shared)
+    return legal and heads and 0 <= route.active <= units and (route.router == "qnorm") == (route.weight is None)
 
 
 def _in_order(facts: Facts, site: AttentionSite) -> bool:
@@ -125,11 +160,18 @@ def _widths_fit(facts: Facts, site: AttentionSite) -> bool:
     """q, k, v and o have as many channels as the heads need; for mla, so have the latent's parts."""
     wanted: list[tuple[Projection | None, int, int | None]] = [(site.o, site.o.out_features, site.heads * site.d_v)]
     if site.latent is None:
-        wanted += [
-            (site.q, site.heads * site.d_qk, None),
-            (site.k, site.kv_heads * site.d_qk, None),
-            (site.v, site.kv_heads * site.d_v, None),
-        ]
+        edge = site.share.edge if site.share else None
+        own = {"q": edge != "map", "k": edge is None, "v": edge != "kv"}
+        for name, out in (
+            ("q", site.heads * site.d_qk),
+            ("k", site.kv_heads * site.d_qk),
+            ("v", site.kv_heads * site.d_v),
+        ):
+            projection = getattr(site, name)
+            if own[name]:
+                wanted.append((projection, out, None))
+            elif projection is not None:
+                return False
     else:
         latent = site.latent
         queries = latent.q or latent.q_b
@@ -155,6 +197,9 @@ def _rope_fits(facts: Facts, site: AttentionSite) -> bool:
 
 def _cache_fits(facts: Facts, site: AttentionSite) -> bool:
     widths = {entry.name: entry.heads * entry.width for entry in site.cache.entries}
+    if site.share is not None and site.latent is None:
+        values = {} if site.share.edge == "kv" or not site.mask.causal else {"value": site.kv_heads * site.d_v}
+        return widths == values
     if not widths:
         return not site.mask.causal
     if site.latent is not None:
@@ -279,12 +324,32 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "heads divide",
         "site",
-        lambda f, s: 0 < s.kv_heads <= s.heads and s.heads % s.kv_heads == 0,
+        _heads_divide,
         "{x.fqn}: {x.heads} query heads cannot share {x.kv_heads} key/value heads",
     ),
     Rule("widths", "site", _widths_fit, "{x.fqn}: a projection's width does not agree with the heads"),
     Rule("rope", "site", _rope_fits, "{x.fqn}: the rotary dims do not fit into the head"),
     Rule("cache", "site", _cache_fits, "{x.fqn}: the cache is not what its heads need: {x.cache}"),
+    Rule(
+        "sharing",
+        "site",
+        _share_fits,
+        "{x.fqn}: what it shares ({x.share}) does not exist, comes later, or has other heads",
+        when=lambda f, s: s.share is not None,
+    ),
+    Rule(
+        "route",
+        "site",
+        _route_fits,
+        "{x.fqn}: the router does not fit its heads: {x.route}",
+        when=lambda f, s: s.route is not None,
+    ),
+    Rule(
+        "head ids",
+        "site",
+        lambda f, s: not s.head_ids or len(set(s.head_ids)) == len(s.head_ids) == s.heads,
+        "{x.fqn}: the numbers of its heads in the original model are not one for each head: {x.head_ids}",
+    ),
     Rule(
         "scale",
         "site",

@@ -146,7 +146,7 @@ class TestDryRun:
         document = cli("convert", tiny, "--to", "mla", "--kv-keep", "0.5", "--dry-run", "--json").document
         assert document["schema"] == "attnopt.plan/1"
         assert document["cached_numbers_per_token"] == {"before": 64, "after": 32}
-        assert [layer["site"] for layer in document["layers"]] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+        assert list(document["sites"]) == [f"model.layers.{i}.self_attn" for i in (0, 1)]
         assert document["memory_bytes"] > 50e6
 
     def test_quiet_prints_the_pipeline(self, cli: Run, tiny: Path) -> None:

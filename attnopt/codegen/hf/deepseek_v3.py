@@ -22,6 +22,7 @@ from attnopt.codegen.hf.emission import (
     typed,
     weight_of,
 )
+from attnopt.codegen.hf.grouped import resized_maps
 from attnopt.codegen.hf.lane import Lane, largest_norm, make_lane
 from attnopt.codegen.hf.rope_tables import stock_rope
 from attnopt.errors import UnsupportedError
@@ -137,6 +138,8 @@ def _obstacles(program: Program) -> Iterator[str]:
         yield from reasons
         if reasons:
             return
+    if resized_maps(program):
+        yield "MLPs were shrunk"
     if not sites:
         return
     latents = [_latent_of(site) for site in sites]
@@ -166,6 +169,8 @@ def _site_obstacles(site: AttentionSite) -> Iterator[str]:
         yield "queries or keys are normalised"
     if latent.q is None or latent.kv_a_norm is not None:
         yield "queries are compressed or the latent is normalised already"
+    if site.route is not None:
+        yield "its heads are routed"
     if not latent.lane:
         yield "the latent has no constant lane to neutralise the class's norm"
     if site.rope is None or site.rope.style != "interleaved" or site.rope.dim != latent.d_rope:

@@ -10,7 +10,7 @@ import torch
 
 from attnopt.errors import VerificationError
 from attnopt.rewriter.program import Program
-from attnopt.rewriter.site import Projection
+from attnopt.rewriter.site import AttentionSite, Projection
 from attnopt.rewriter.weights import Derived, Value, WeightStore, meta_of
 
 
@@ -30,7 +30,7 @@ class Emission:
     """A model ready to be written.
 
     Attributes:
-        target: "deepseek_v3" or "attnopt".
+        target: "deepseek_v3", "attnopt", or the source's model type.
         architecture: class that loads it.
         config: contents of config.json.
         values: tensors of the checkpoint, computed one at a time when written.
@@ -99,6 +99,18 @@ def is_tied(program: Program) -> bool:
     return len(values) == 1
 
 
+def canonical(name: str) -> str:
+    """The name that a rewritten weight has in the source: passes put "attnopt." before it where that is taken."""
+    while name.startswith("attnopt."):
+        name = name.removeprefix("attnopt.")
+    return name
+
+
+def is_rewritten(program: Program, site: AttentionSite) -> bool:
+    """Whether a pass has made this layer's attention anew."""
+    return "attnopt" in program.node(site.nodes.attention).meta
+
+
 def outside_attention(program: Program) -> dict[str, Value]:
     """Weights outside the attention layers, under their source names, without rotary tables and other constants.
 
@@ -110,7 +122,7 @@ def outside_attention(program: Program) -> dict[str, Value]:
         bare = name.removeprefix("attnopt.")
         constant = bare.endswith("inv_freq") or not program.weights.meta(name).dtype.is_floating_point
         if not constant and not bare.startswith(inside):
-            found[name] = program.weights[name]
+            found[canonical(name)] = program.weights[name]
     if is_tied(program) and _HEAD in found:
         found[_EMBEDDING] = found.pop(_HEAD)
     return found

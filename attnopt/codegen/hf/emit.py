@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from attnopt.artifact import Staging, outgoing, write_checkpoint, write_json
-from attnopt.codegen.hf import deepseek_v3, own_class
+from attnopt.codegen.hf import deepseek_v3, own_class, source_class
 from attnopt.codegen.hf.emission import Emission, Refusal
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.progress import Reporter, Silent, bar
@@ -19,7 +19,7 @@ from attnopt.rewriter.program import Program
 from attnopt.rewriter.safe_tensors import Outgoing
 from attnopt.staging import writing
 
-TARGETS = ("auto", deepseek_v3.TARGET, own_class.TARGET)
+TARGETS = ("auto", deepseek_v3.TARGET, source_class.TARGET, own_class.TARGET)
 
 
 class SideFiles(Protocol):
@@ -33,7 +33,7 @@ class EmittedAs:
     """What was written.
 
     Attributes:
-        target: "deepseek_v3" or "attnopt".
+        target: "deepseek_v3", "attnopt", or the source's model type.
         architecture: class that loads it.
         cached_numbers_per_token: what that class keeps per token, all layers.
         parameters: numbers in the checkpoint.
@@ -51,12 +51,14 @@ class EmittedAs:
     refused: Refusal | None = None
 
 
-def check_source(program: Program, emit: str = "auto") -> None:
+def check_source(program: Program, emit: str = "auto", latent: bool = True, reshaped: bool = True) -> None:
     """Refuse a target before hours of conversion rather than after them.
 
     Args:
         program: a Program as captured; its attention layers need not be converted.
         emit: see `choose`.
+        latent: whether the result will hold latent attention; if not, the source's class may do.
+        reshaped: whether more than values will change.
 
     Raises:
         OptionError: an unknown `emit`.
@@ -66,25 +68,31 @@ def check_source(program: Program, emit: str = "auto") -> None:
         raise OptionError(f"unknown target {emit!r}", f"use one of {', '.join(TARGETS)}")
     stock = tuple(deepseek_v3.source_obstacles(program))
     own = tuple(own_class.source_obstacles(program))
-    if emit == deepseek_v3.TARGET and stock:
+    if emit == deepseek_v3.TARGET and (stock or not latent):
         hint = "use --emit attnopt" if not own else "only the listed architectures can be written"
-        raise UnsupportedError(str(Refusal(emit, stock)), hint)
-    if own and (emit == own_class.TARGET or stock):
+        reasons = stock or ("no pass makes latent attention",)
+        raise UnsupportedError(str(Refusal(emit, reasons)), hint)
+    if emit == source_class.TARGET and latent:
+        reasons = ("latent attention",)
+        raise UnsupportedError(str(Refusal(program.model_type, reasons)), "use --emit auto")
+    resized = reshaped and not latent and not source_class.can_resize(program)
+    if own and (emit == own_class.TARGET or (latent and stock) or resized):
         raise UnsupportedError(str(Refusal(own_class.TARGET, own)), "only the listed architectures can be written")
 
 
 def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = None) -> tuple[Emission, Refusal | None]:
     """Decide on the class and map the Program to it, without reading more than the latent encoders.
 
-    `auto` takes the stock class whenever it holds the result within 1e-3 (see `lane`), otherwise ours.
+    `auto` takes a stock class whenever one holds the result within 1e-3 (see `lane`), otherwise ours: for latent
+    attention that is deepseek_v3, for everything else the source's own class.
 
     Args:
-        program: a Program with at least one "mla" site.
-        emit: "auto", "deepseek_v3" or "attnopt".
+        program: a Program that passes have changed.
+        emit: "auto", "deepseek_v3", "source" or "attnopt".
         dtype: type of the tensors written; None for the source's.
 
     Returns:
-        The emission, and why `auto` did not take the stock class (None if it did or was not asked).
+        The emission, and why `auto` did not take a stock class (None if it did or was not asked).
 
     Raises:
         OptionError: an unknown `emit`.
@@ -94,11 +102,14 @@ def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = Non
         raise OptionError(f"unknown target {emit!r}", f"use one of {', '.join(TARGETS)}")
     if emit == deepseek_v3.TARGET:
         return deepseek_v3.build(program, dtype), None
+    if emit == source_class.TARGET:
+        return source_class.build(program, dtype), None
     if emit == own_class.TARGET:
         return own_class.build(program, dtype), None
-    stock = deepseek_v3.can_emit(program, dtype)
+    latent = any(site.latent is not None for site in program.site_list)
+    stock = deepseek_v3.can_emit(program, dtype) if latent else source_class.can_emit(program)
     if stock is None:
-        return deepseek_v3.build(program, dtype), None
+        return (deepseek_v3 if latent else source_class).build(program, dtype), None
     own = own_class.can_emit(program)
     if own is not None:
         raise UnsupportedError(f"{stock}. {own}", "only converted models of a listed architecture can be written")

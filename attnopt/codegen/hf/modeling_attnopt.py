@@ -1,8 +1,8 @@
-"""The `attnopt` model class: a source architecture with Multi-head Latent Attention (MLA) in some or all layers.
+"""The `attnopt` model class: a source architecture whose attention was rewritten in some or all layers.
 
 Self-contained on purpose: this file is copied into every emitted directory, for users of `trust_remote_code`, and
-therefore imports nothing of attnopt. MLA is DeepSeek-V2's (arXiv 2405.04434, section 2.1), without the norm on the
-latent and with one rotary table per layer.
+therefore imports nothing of attnopt. Multi-head Latent Attention (MLA) is DeepSeek-V2's (arXiv 2405.04434, section
+2.1), without the norm on the latent and with one rotary table per layer.
 """
 
 from __future__ import annotations
@@ -13,27 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_attnopt import AttnoptConfig
-
-
-class HeadNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 (Qwen3's q_norm and k_norm)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+from .heads_attnopt import (
+    SHARED,
+    GroupedAttention,
+    HeadNorm,
+    HeadRouter,
+    RelativeBias,
+    eager_attention,
+    relative_index,
+    resize,
+)
 
 
 class HeadMap(nn.Module):
@@ -67,21 +63,6 @@ class Angles(nn.Module):
         if self.inv_freq.dtype != torch.float32:
             self.inv_freq = torch.tensor(self.table, dtype=torch.float32, device=self.inv_freq.device)
         return self
-
-
-def plain_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """What "eager" means here: the interface of transformers' attention functions; returns [B, S, H, d_v]."""
-    causal = attention_mask is None and query.shape[2] > 1
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling)
-    return out.transpose(1, 2), None
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -133,6 +114,7 @@ class LatentAttention(nn.Module):
         self.kv_a_proj = nn.Linear(encoded, self.rank + self.d_rope, bias=spec["kv_a_bias"])
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.d_nope + self.d_v), bias=False)
         self.o_proj = nn.Linear(self.heads * self.d_v, width, bias=spec["o_bias"])
+        self.router = HeadRouter(width, self.heads, spec["route"]) if spec.get("route") else None
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [B, S, heads, d_nope + d_rope] and [latent | unrotated key] [B, S, rank + d_rope] of x [B, S, D]."""
@@ -149,7 +131,7 @@ class LatentAttention(nn.Module):
         rows = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         nope, value = rows.split((self.d_nope, self.d_v), dim=-1)
         keys = torch.cat((nope, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attend(self, q, keys, value, mask, dropout=0.0, scaling=self.scale)[0].transpose(1, 2)
 
     def absorbed(
@@ -187,6 +169,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """The interface of a transformers decoder layer's `self_attn`; attention maps are never returned."""
         q, compressed = self.project(hidden_states)
+        gates, idle = self.router(hidden_states, q.transpose(1, 2)) if self.router is not None else (None, None)
         cos, sin = self.angles(position_ids, q.dtype)
         q_nope, q_rope = q.split((self.d_nope, self.d_rope), dim=-1)
         q = torch.cat((q_nope, rotate(q_rope, cos.unsqueeze(2), sin.unsqueeze(2))), dim=-1).transpose(1, 2)
@@ -215,7 +198,9 @@ class LatentAttention(nn.Module):
                 first = past if isinstance(past, torch.Tensor) else min(past, total - steps)
                 attention_mask = additive(slots <= slots[:steps, None] + first, q.dtype)
             out = self.absorbed(q, latent, key, attention_mask)
-        return self.o_proj(out.transpose(1, 2).flatten(-2)), None
+        out = out.transpose(1, 2)
+        result = self.o_proj((out if gates is None else out * gates.unsqueeze(-1)).flatten(-2))
+        return result if idle is None else result + idle, None
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -238,10 +223,53 @@ class AttnoptPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Angles):
             # Loading builds modules without values; what no checkpoint stores is restored here.
             init.copy_(module.inv_freq, torch.tensor(module.table, dtype=torch.float32))
+        elif isinstance(module, RelativeBias):
+            init.zeros_(module.table)
+            init.copy_(module.index, relative_index(module.window))
+        elif isinstance(module, HeadRouter):
+            if module.fill is not None:
+                init.zeros_(module.fill)
+            for linear in (module.share, module.balance):
+                if linear is not None:
+                    init.zeros_(linear.weight)
         elif isinstance(module, HeadMap):
             init.normal_(module.weight, mean=0.0, std=1.0 / math.sqrt(module.weight.shape[-1]))
         else:
             type(self.model)._init_weights(self.model, module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a tensor that is missing, left over or of a wrong shape is an error, not a warning."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(problem):
+                raise ValueError(f"attnopt model: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}")
+        return (model, info) if output_loading_info else model
+
+    def rewrite(self) -> None:
+        """Put the rewritten layers into the source architecture's backbone, `self.model`."""
+        config = self.config
+        lenders = {record["share"]["source"] for record in config.layers if record and record.get("share")}
+        self.shares = bool(lenders)
+        for index, record in enumerate(config.layers):
+            if record is None:
+                continue
+            owner = self.model.get_submodule(config.paths[index].rpartition(".")[0])
+            name = config.paths[index].rpartition(".")[2]
+            if record["kind"] == "latent":
+                new: nn.Module = LatentAttention(
+                    config.text_config, index, record, config.rope_tables[record["rope_table"]]
+                )
+            else:
+                new = GroupedAttention(config.text_config, index, record, index in lenders)
+            setattr(owner, name, new)
+            if record["kind"] == "grouped" and record["instead_of"]:
+                self.model.set_submodule(record["instead_of"], nn.Identity())
+        resize(self.model, config.resized)
+        self.routers = tuple(module for module in self.model.modules() if isinstance(module, HeadRouter))
+        # transformers asks the backbone to initialise what lies inside it, and that does not know our modules.
+        self.model._init_weights = self._init_weights
 
 
 class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
@@ -253,24 +281,9 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = AutoModel.from_config(text)
-        for index, spec in enumerate(config.layers):
-            if spec is not None:
-                table = config.rope_tables[spec["rope_table"]]
-                self.model.layers[index].self_attn = LatentAttention(text, index, spec, table)
-        # transformers asks the backbone to initialise what lies inside it, and that does not know our modules.
-        self.model._init_weights = self._init_weights
+        self.rewrite()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=getattr(text, "lm_head_bias", False))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but a tensor that is missing, left over or of a wrong shape is an error, not a warning."""
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(problem):
-                raise ValueError(f"attnopt model: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:5]}")
-        return (model, info) if output_loading_info else model
 
     def forward(
         self,
@@ -285,6 +298,8 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, vocab] (or of the last `logits_to_keep` positions), the cache, and the loss for `labels`."""
+        if self.shares:
+            kwargs[SHARED] = {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -300,9 +315,40 @@ class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loads = [module.load for module in self.routers if module.load is not None]
+            if loads:
+                loss = loss + self.config.load_balance * torch.stack([load.to(loss.device) for load in loads]).mean()
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
 
-__all__ = ["AttnoptConfig", "AttnoptForCausalLM"]
+class AttnoptModel(AttnoptPreTrainedModel):
+    """An encoder; called as the source's own class."""
+
+    def __init__(self, config: AttnoptConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config.text_config)
+        self.rewrite()
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The source class's outputs."""
+        if self.shares:
+            kwargs[SHARED] = {}
+        return self.model(*args, **kwargs)
+
+
+class AttnoptForImageClassification(AttnoptModel):
+    """An image classifier; called as the source's own class."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: AttnoptConfig) -> None:
+        AttnoptPreTrainedModel.__init__(self, config)
+        self.model = AutoModelForImageClassification.from_config(config.text_config)
+        self.rewrite()
+        self.post_init()
+
+
+__all__ = ["AttnoptConfig", "AttnoptForCausalLM", "AttnoptForImageClassification", "AttnoptModel"]

@@ -1,4 +1,4 @@
-"""Our own class `attnopt`: what the stock class cannot say (free tables, per-layer ranks, q/k norms, MoE blocks)."""
+"""Our own class `attnopt`: what stock classes cannot say (free tables, sizes per layer, shared and routed heads)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from attnopt.codegen.hf.emission import (
     Refusal,
     bias_of,
     check_complete,
+    is_rewritten,
     is_tied,
     outside_attention,
     typed,
     weight_of,
 )
+from attnopt.codegen.hf.grouped import grouped_layer, grouped_obstacles, lenders, resized_maps, route_record
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projection
 from attnopt.rewriter.weights import Derived, Value, meta_of
 
 TARGET = "attnopt"
-FILES = ("configuration_attnopt.py", "modeling_attnopt.py")
+FILES = ("configuration_attnopt.py", "modeling_attnopt.py", "heads_attnopt.py")
 
 
 def can_emit(program: Program) -> Refusal | None:
@@ -35,19 +37,32 @@ def can_emit(program: Program) -> Refusal | None:
 
 def source_obstacles(program: Program) -> Iterator[str]:
     """What in a model, converted or not, our class cannot hold."""
-    from attnopt.codegen.hf.configuration_attnopt import BACKBONES
+    from attnopt.codegen.hf.configuration_attnopt import BACKBONES, ENCODERS
 
-    if program.model_type not in BACKBONES:
-        yield f"architecture {program.model_type} is not one of {', '.join(BACKBONES)}"
+    if program.model_type not in (*BACKBONES, *ENCODERS):
+        yield f"architecture {program.model_type} is not one of {', '.join((*BACKBONES, *ENCODERS))}"
+    elif program.model_type in ENCODERS and _encoder_class(program) is None:
+        yield f"of {program.model_type} only the encoder and image classifiers can be written"
+
+
+def _encoder_class(program: Program) -> str | None:
+    """Class of ours that holds an encoder: by the class it was captured from."""
+    named = (program.config.get("architectures") or [""])[0]
+    classifies = program.outputs[0] == "logits" and "pixel_values" in program.inputs
+    if named.endswith("ForImageClassification") or classifies:
+        return "AttnoptForImageClassification"
+    return "AttnoptModel" if program.outputs[0] == "last_hidden_state" else None
 
 
 def _obstacles(program: Program) -> Iterator[str]:
     yield from source_obstacles(program)
-    if not any(site.latent for site in program.site_list):
-        yield "no attention layer is mla"
+    if not any(is_rewritten(program, site) for site in program.site_list) and not resized_maps(program):
+        yield "no attention layer was rewritten"
     for site in program.site_list:
         latent, mask = site.latent, site.mask
         if latent is None:
+            if is_rewritten(program, site) or site.fqn in lenders(program):
+                yield from grouped_obstacles(program, site, _window_of(program.config, site.layer))
             continue
         if (latent.q is None and site.q is None) or latent.q_a is not None or latent.kv_a_norm is not None:
             yield f"layer {site.layer}: queries are compressed or the latent is normalised"
@@ -91,41 +106,74 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     if refusal:
         raise UnsupportedError(str(refusal), "convert a model of a listed architecture")
     dtype = dtype or source_dtype(program)
+    encoder = _encoder_class(program)
+    prefix = "" if encoder is None else "model."
     tables: list[tuple[float, ...]] = []
-    records: list[dict[str, Any] | None] = [None] * program.config["num_hidden_layers"]
-    values = outside_attention(program)
+    records: list[dict[str, Any] | None] = []
+    values = {prefix + name: value for name, value in outside_attention(program).items()}
+    lending = lenders(program)
     for site in program.site_list:
-        prefix = f"{site.fqn}."
-        if site.latent is None:
-            kept = (name for name in program.weight_names if name.startswith(prefix))
-            values |= {name: program.weights[name] for name in kept}
-            continue
-        table = site.rope.inv_freq if site.rope else ()
-        if table not in tables:
-            tables.append(table)
-        tensors, record = _layer(program, site, site.latent)
-        records[site.layer] = {**record, "rope_table": tables.index(table)}
-        values |= {prefix + name: value for name, value in tensors.items()}
-    config = _config(program, records, tables, dtype)
+        tensors: Mapping[str, Value]
+        if site.latent is not None:
+            table = site.rope.inv_freq if site.rope else ()
+            if table not in tables:
+                tables.append(table)
+            tensors, record = _layer(program, site, site.latent)
+            records.append({**record, "kind": "latent", "rope_table": tables.index(table)})
+        elif is_rewritten(program, site) or site.fqn in lending:
+            tensors, record = grouped_layer(program, site)
+            records.append(record)
+        else:
+            inside = f"{site.fqn}."
+            tensors = {n.removeprefix(inside): program.weights[n] for n in program.weight_names if n.startswith(inside)}
+            tensors = {n: v for n, v in tensors.items() if meta_of(v).dtype.is_floating_point}
+            records.append(None)
+        values |= {f"{prefix}{site.fqn}.{name}": value for name, value in tensors.items()}
+    for beside in [one["instead_of"] for one in records if one and one.get("instead_of")]:
+        if beside:
+            gone = f"{prefix}{beside}."
+            values = {name: value for name, value in values.items() if not name.startswith(gone)}
+    paths = [site.fqn if encoder else site.fqn.removeprefix("model.") for site in program.site_list]
+    if encoder is None:
+        everywhere = range(program.config["num_hidden_layers"])
+        by_path = dict(zip(paths, records, strict=True))
+        records, paths = [by_path.get(f"layers.{i}.self_attn") for i in everywhere], []
+    resized = {name.removeprefix("model.") if encoder is None else name: s for name, s in resized_maps(program).items()}
+    config = _config(program, records, tables, dtype, paths or None, resized)
     cached = sum(site.cached_numbers_per_token for site in program.site_list)
-    notes = (f"{len(tables)} rope table{'s' if len(tables) > 1 else ''}, no latent norm, absorbed decode",)
-    emission = Emission(TARGET, "AttnoptForCausalLM", config.to_diff_dict(), typed(values, dtype), cached, notes)
+    architecture = encoder or "AttnoptForCausalLM"
+    auto = architecture.replace("Attnopt", "AutoModel", 1).replace("AutoModelModel", "AutoModel")
+    emission = Emission(
+        TARGET, architecture, config.to_diff_dict(), typed(values, dtype), cached, _notes(program, tables)
+    )
     _check(emission, config)
     emission.config.update(
         architectures=[emission.architecture],
-        auto_map={
-            "AutoConfig": "configuration_attnopt.AttnoptConfig",
-            "AutoModelForCausalLM": "modeling_attnopt.AttnoptForCausalLM",
-        },
+        auto_map={"AutoConfig": "configuration_attnopt.AttnoptConfig", auto: f"modeling_attnopt.{architecture}"},
     )
     return emission
 
 
+def _notes(program: Program, tables: list[tuple[float, ...]]) -> tuple[str, ...]:
+    notes = []
+    if tables:
+        notes.append(f"{len(tables)} rope table{'s' if len(tables) > 1 else ''}, no latent norm, absorbed decode")
+    shared = [site.share.edge for site in program.site_list if site.share is not None]
+    if shared:
+        what = "attention map" if shared[0] == "map" else "keys and values"
+        notes.append(f"{len(shared)} layers read an earlier layer's {what}")
+    if any(site.route is not None for site in program.site_list):
+        notes.append(
+            "routed heads are computed and then left out: fewer heads cost less only where a kernel skips them"
+        )
+    return tuple(notes)
+
+
 def _check(emission: Emission, config: Any) -> None:
-    from attnopt.codegen.hf.modeling_attnopt import AttnoptForCausalLM
+    from attnopt.codegen.hf import modeling_attnopt
 
     with torch.device("meta"):
-        declared = AttnoptForCausalLM(config).state_dict()
+        declared = getattr(modeling_attnopt, emission.architecture)(config).state_dict()
     check_complete(emission, declared, {"lm_head.weight"} if config.tie_word_embeddings else set())
 
 
@@ -172,6 +220,9 @@ def _layer(program: Program, site: AttentionSite, latent: LatentSpec) -> tuple[d
     record |= {f"{short}_bias": f"{short}_proj.bias" in tensors for short in ("q", "kv_a", "o")}
     if turn != 1.0:
         _fold_scaling(tensors, site.heads, latent, d_q, turn)
+    if site.route is not None:
+        record["route"], routed = route_record(program, site)
+        tensors |= routed
     return tensors, record
 
 
@@ -193,7 +244,12 @@ def _fold_scaling(tensors: dict[str, Value], heads: int, latent: LatentSpec, d_q
 
 
 def _config(
-    program: Program, records: list[dict[str, Any] | None], tables: list[tuple[float, ...]], dtype: torch.dtype
+    program: Program,
+    records: list[dict[str, Any] | None],
+    tables: list[tuple[float, ...]],
+    dtype: torch.dtype,
+    paths: list[str] | None,
+    resized: dict[str, list[int]],
 ) -> Any:
     from attnopt.codegen.hf.configuration_attnopt import AttnoptConfig
 
@@ -203,5 +259,7 @@ def _config(
         text_config={**text, "model_type": program.model_type, "tie_word_embeddings": is_tied(program)},
         layers=records,
         rope_tables=[list(table) for table in tables],
+        paths=paths,
+        resized=resized,
         dtype=dtype,
     )

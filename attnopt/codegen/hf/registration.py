@@ -27,9 +27,15 @@ def _register_config(module: ModuleType) -> None:
 
 def _register_model(module: ModuleType) -> None:
     from attnopt.codegen.hf.configuration_attnopt import AttnoptConfig
-    from attnopt.codegen.hf.modeling_attnopt import AttnoptForCausalLM
+    from attnopt.codegen.hf.modeling_attnopt import (
+        AttnoptForCausalLM,
+        AttnoptForImageClassification,
+        AttnoptModel,
+    )
 
     module.AutoModelForCausalLM.register(AttnoptConfig, AttnoptForCausalLM, exist_ok=True)
+    module.AutoModelForImageClassification.register(AttnoptConfig, AttnoptForImageClassification, exist_ok=True)
+    module.AutoModel.register(AttnoptConfig, AttnoptModel, exist_ok=True)
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {_CONFIGS: _register_config, _MODELS: _register_model}

@@ -10,6 +10,12 @@ def obstacle(site: AttentionSite) -> str | None:
     mask = site.mask
     if site.kind == "mla":
         return "it is multi-head latent attention already"
+    if site.share is not None:
+        return "it reads another layer's map, or keys and values"
+    if site.route is not None:
+        return "its heads are routed"
+    if site.kv_of:
+        return "its key heads serve different numbers of query heads"
     if not site.cache.entries:
         return "it is an encoder layer: it keeps no cache that a latent could shrink"
     if not mask.causal:

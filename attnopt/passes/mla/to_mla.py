@@ -27,6 +27,11 @@ class ToMla(Pass):
 
     name: ClassVar[str] = "to-mla"
     provides: ClassVar[tuple[str, ...]] = ("mla",)
+    section: ClassVar[str] = "latent"
+    not_after: ClassVar[Mapping[str, str]] = {
+        "moh": "routers score queries that latent attention has not",
+        "dimap": "the conversion would fill its zeros again",
+    }
 
     kv_keep: float | None = option(
         None, help="fraction of the cached numbers to keep; 0.5 if no sizes are given", minimum=0.01, maximum=4
@@ -57,7 +62,7 @@ class ToMla(Pass):
             )
         if self.kv_lora_rank is not None and self.kv_keep is not None:
             raise OptionError("kv-keep and explicit sizes exclude each other", "give one of them")
-        reasons = {site.fqn: obstacle(site) for site in program.site_list}
+        reasons = {site.fqn: _obstacle(program, site) for site in program.site_list}
         if all(reasons.values()):
             distinct = dict.fromkeys(reason for reason in reasons.values() if reason)
             raise UnsupportedError(
@@ -89,7 +94,7 @@ class ToMla(Pass):
         misses = tuple(
             Miss(f"{site.fqn}: {reason}", (site.nodes.attention,))
             for site in program.site_list
-            if (reason := obstacle(site))
+            if (reason := _obstacle(program, site))
         )
         return Plan(edits, misses, tuple(self._notes(sites[0], splits)), working_bytes(sites[0]))
 
@@ -150,4 +155,10 @@ class ToMla(Pass):
 
 
 def _convertible(program: Program) -> list[AttentionSite]:
-    return [site for site in program.site_list if obstacle(site) is None]
+    return [site for site in program.site_list if _obstacle(program, site) is None]
+
+
+def _obstacle(program: Program, site: AttentionSite) -> str | None:
+    if any(other.share is not None and other.share.source == site.fqn for other in program.site_list):
+        return "other layers read its map, or its keys and values"
+    return obstacle(site)

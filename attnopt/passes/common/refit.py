@@ -1,0 +1,121 @@
+"""Fits the weights of one layer to a target by Adam, layer by layer, on calibration text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """Some windows.
+
+    Attributes:
+        output: gives the layer's output [B, S, D] for weights by name.
+        target: what it should be.
+        weights: of the tokens, [B, S].
+        penalty: what is added to the relative squared error while fitting, for weights by name; or None.
+    """
+
+    output: Callable[[Mapping[str, Tensor]], Tensor]
+    target: Tensor
+    weights: Tensor
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Result of a refit.
+
+    Attributes:
+        weights: the best seen on the held-out windows.
+        before, after: weighted squared error relative to the target's square there, at the start and of `weights`.
+    """
+
+    weights: Mapping[str, Tensor]
+    before: float
+    after: float
+
+
+Examples = Sequence[Callable[[], Example]]
+
+
+def error_of(weights: Mapping[str, Tensor], examples: Examples) -> float:
+    """Weighted squared error relative to the weighted square of the targets."""
+    error, size = 0.0, 0.0
+    with torch.no_grad():
+        for make in examples:
+            example = make()
+            each = example.weights[..., None].to(example.target.dtype)
+            error += float((each * (example.output(weights) - example.target) ** 2).sum())
+            size += float((each * example.target**2).sum())
+    return error / max(size, 1e-300)
+
+
+def refit(
+    start: Mapping[str, Tensor],
+    train: Examples,
+    held_out: Examples,
+    *,
+    epochs: int,
+    rate: float = 0.0015,
+    checks: int = 2,
+    seed: int = 0,
+) -> Fitted:
+    """Adam on all weights; steps are relative to each one's size, so that one rate fits all matrices and models.
+
+    The learning rate is warmed up and then falls to zero as a cosine. The result is never worse on the held-out windows
+    than the start: the best of the start and `checks` points along the way is kept.
+
+    Args:
+        start: weights by name.
+        train, held_out: examples to fit on and to judge by.
+        epochs: passes over `train`.
+        rate: largest relative step.
+        checks: how often the held-out error is looked at, the end included.
+        seed: of the order of examples.
+    """
+    before = error_of(start, held_out)
+    best, best_error = dict(start), before
+    steps = epochs * len(train)
+    if steps == 0 or before < 1e-12:
+        return Fitted(best, before, before)
+    trained = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
+    size = {name: _size(value.detach()) for name, value in trained.items()}
+    optimizer = torch.optim.Adam(
+        [{"params": [value], "full": rate * size[name]} for name, value in trained.items()], betas=(0.9, 0.95)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
+    first = train[order[0]]()
+    scale = max(float((first.weights[..., None] * first.target**2).sum()), 1e-300)
+    look = {round(steps * (i + 1) / checks) for i in range(checks)}
+    for step, index in enumerate(order):
+        factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["full"] * factor
+        example = train[index]()
+        with torch.enable_grad():
+            out = example.output(trained)
+            loss = (example.weights[..., None].to(out.dtype) * (out - example.target) ** 2).sum() / scale
+            loss = loss if example.penalty is None else loss + example.penalty(trained)
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
+        optimizer.step()
+        if step + 1 in look:
+            now = {name: value.detach().clone() for name, value in trained.items()}
+            error = error_of(now, held_out)
+            if error < best_error:
+                best, best_error = now, error
+    return Fitted(best, before, best_error)
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square of a weight; of matrices that start at zero, what is usual at random."""
+    size = float(weight.pow(2).mean().sqrt())
+    return 0.02 if size == 0 and weight.dim() > 1 else max(size, 1e-4)

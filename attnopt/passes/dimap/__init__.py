@@ -1,0 +1,1 @@
+"""Data-independent module-aware pruning."""

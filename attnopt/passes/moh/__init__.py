@@ -1,0 +1,1 @@
+"""Mixture of heads: each token chooses the heads that work on it."""

@@ -1,0 +1,1 @@
+"""Removal of heads and of key/value groups."""

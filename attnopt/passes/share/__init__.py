@@ -1,0 +1,1 @@
+"""Sharing of attention maps, or of keys and values, between layers."""
