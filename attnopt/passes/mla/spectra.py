@@ -31,8 +31,8 @@ from attnopt.rewriter.site import AttentionSite
 #: Every so-many-th query is looked at: the spectrum is of one pool, and moments of a few thousand queries are enough.
 STRIDE = 8
 
-#: Tokens of each prompt, from its start. The statistics pair queries with keys: longer windows would take memory with the
-#: square of their length.
+#: Tokens of each prompt, from its start. The statistics pair queries with keys: longer windows would take memory
+#: with the square of their length.
 LENGTH = 1024
 
 
