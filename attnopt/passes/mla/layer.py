@@ -74,19 +74,21 @@ class LatentLayer:
         """The same in another floating-point type; the angles stay float64."""
         return self.with_tensors({n: t.to(dtype) for n, t in self.tensors().items() if n != "inv_freq"})
 
-    def mixed(self, source: SourceLayer, x: Tensor) -> Tensor:
-        """Heads' outputs before the output projection, [B, S, H d_v], at positions 0 ... S-1.
+    def mixed(self, source: SourceLayer, x: Tensor, start: int = 0) -> Tensor:
+        """Heads' outputs before the output projection, [B, S - start, H d_v], at positions start ... S-1.
 
         Args:
             source: the layer it was made from.
-            x: attention input [B, S, D].
+            x: attention input [B, S, D] at positions 0 ... S-1.
+            start: of the queries.
         """
+        asking = x[:, start:]
         if source.normed:
             read = source.encoder_input(x, source.keys(x), source.values(x))
-            q = torch.einsum("hmd,bhsd->bhsm", self.query, source.queries(x))
+            q = torch.einsum("hmd,bhsd->bhsm", self.query, source.queries(asking))
         else:
             read = x
-            q = F.linear(x, self.query.flatten(0, 1), self.query_bias.flatten())
+            q = F.linear(asking, self.query.flatten(0, 1), self.query_bias.flatten())
             q = q.unflatten(-1, self.query.shape[:2]).transpose(1, 2)
         code = F.linear(read, torch.cat([self.encoder, self.rope]), torch.cat([self.encoder_bias, self.rope_bias]))
         latent, key = code.split([self.rank, self.d_rope], dim=-1)
@@ -95,7 +97,7 @@ class LatentLayer:
         expanded = F.linear(latent, up.flatten(0, 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
         rotary = self._turn(key[:, None]).expand(-1, heads, -1, -1)
         k = torch.cat([expanded[..., :d_n], rotary], dim=-1)
-        q = torch.cat([q[..., :d_n], self._turn(q[..., d_n:])], dim=-1)
+        q = torch.cat([q[..., :d_n], self._turn(q[..., d_n:], start)], dim=-1)
         out = causal_attention(q, k, expanded[..., d_n:], 1 / math.sqrt(q.shape[-1]))
         return (out + self.value_mean[:, None]).transpose(1, 2).flatten(2)
 
@@ -103,17 +105,17 @@ class LatentLayer:
         """Output projection of `mixed`, [B, S, D]."""
         return F.linear(mixed, self.w_o, self.b_o)
 
-    def attend(self, source: SourceLayer, x: Tensor) -> Tensor:
-        """The layer's output before the residual addition, [B, S, D]."""
-        return self.project(self.mixed(source, x))
+    def attend(self, source: SourceLayer, x: Tensor, start: int = 0) -> Tensor:
+        """The layer's output before the residual addition, [B, S - start, D]; arguments as of `mixed`."""
+        return self.project(self.mixed(source, x, start))
 
     def latent_norm(self, source: SourceLayer, x: Tensor) -> float:
         """Largest norm of the latent over the tokens of x."""
         read = source.encoder_input(x, source.keys(x), source.values(x)) if source.normed else x
         return float(F.linear(read, self.encoder, self.encoder_bias).norm(dim=-1).max())
 
-    def _turn(self, pairs: Tensor) -> Tensor:
-        cos, sin = turns(self.inv_freq, pairs.shape[2], pairs)
+    def _turn(self, pairs: Tensor, start: int = 0) -> Tensor:
+        cos, sin = (part[start:] for part in turns(self.inv_freq, start + pairs.shape[2], pairs))
         a, b = pairs[..., 0::2], pairs[..., 1::2]
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 

@@ -97,6 +97,10 @@ class Fitted:
 #: Each makes what one step is taken on.
 Examples = Sequence[Callable[[], Sequence[Example]]]
 
+#: Queries of a window that one step looks at. Attention is most of a step's work, and a part of the queries asks all
+#: weights; the next pass over the text looks at another part.
+QUERIES_PER_STEP = 256
+
 #: Everything but the angles.
 TRAINED = (
     "query", "query_bias", "encoder", "encoder_bias", "rope", "rope_bias", "w_uk", "w_uv", "value_mean", "w_o", "b_o",
@@ -153,6 +157,7 @@ def refit(
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
     scale = max(sum(float(_squared(example.target, example)) for example in train[order[0]]()), 1e-300)
+    looks = [int(n) for n in torch.randint(1 << 16, (len(train),), generator=generator)]  # where each window begins
     look = {round(steps * (i + 1) / checks) for i in range(checks)}
     with torch.enable_grad():
         for step, index in enumerate(order):
@@ -162,7 +167,10 @@ def refit(
             now = layer.with_tensors(trained)
             optimizer.zero_grad()
             for example in train[index]():
-                (_squared(now.attend(source, example.x) - example.target, example) / scale).backward()
+                part = _part(example, looks[index])
+                start = part.x.shape[1] - part.target.shape[1]
+                (_squared(now.attend(source, part.x, start) - part.target, part) / scale).backward()
+            looks[index] += 1
             torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
             optimizer.step()
             if step + 1 in look:
@@ -172,6 +180,14 @@ def refit(
                 if error < best_error:
                     best, best_error = now, error
     return Fitted(best, before, best_error, steps)
+
+
+def _part(example: Example, turn: int) -> Example:
+    """Some queries of an example's windows, and all that they see; the `turn` says which, and all have their turn."""
+    parts = -(-example.x.shape[1] // QUERIES_PER_STEP)
+    start = turn % parts * QUERIES_PER_STEP
+    stop = start + QUERIES_PER_STEP
+    return Example(example.x[:, :stop], example.target[:, start:stop], example.weights[:, start:stop])
 
 
 def _squared(vectors: Tensor, example: Example) -> Tensor:

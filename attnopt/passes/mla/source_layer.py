@@ -198,15 +198,21 @@ def _turns(inv_freq: tuple[float, ...], length: int, dtype: torch.dtype, device:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of [B, H, S, d], [B, G, S, d], [B, G, S, d_v] -> [B, H, S, d_v].
+    """Causal softmax attention of [B, H, S, d], [B, G, T, d], [B, G, T, d_v] -> [B, H, S, d_v].
 
-    Values are padded to the width of the keys where that is wider: torch's fused kernel wants equal widths.
+    The queries are those of the last S of the T positions. Values are padded to the width of the keys where that is
+    wider: torch's fused kernel wants equal widths.
     """
     d, d_v = q.shape[-1], v.shape[-1]
     if d_v < d:
         v = F.pad(v, (0, d - d_v))
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    asked, seen = q.shape[2], k.shape[2]
+    if asked == seen:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        mask = torch.ones(asked, seen, dtype=torch.bool, device=q.device).tril(seen - asked)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out[..., :d_v]
 
 

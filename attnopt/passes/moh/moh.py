@@ -261,7 +261,7 @@ def _weighted(editor: Editor, site: AttentionSite) -> dict[str, Any]:
     """What weighted gates have besides the router: zeros, which give gates of 1."""
     assert site.route is not None
     shared, width = len(site.route.shared), site.o.out_features
-    found = {}
+    found: dict[str, Any] = {}
     if shared > 1:
         found["shared_weight"] = set_fresh(editor, site.fqn, "router.share", Inline(torch.zeros(shared, width)))
     if shared:

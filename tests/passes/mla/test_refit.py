@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnopt.passes.mla import refit as module
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.refit import Example, OutputRidge, error_of, refit
 from attnopt.passes.mla.slots import choose_table, slot_energies
@@ -102,3 +103,27 @@ def test_nothing_to_do_is_nothing_done() -> None:
     fitted = refit(start, layer, [], examples(layer, 50, 1))
     assert fitted.layer is start
     assert fitted.steps == 0
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_some_queries_are_answered_as_in_the_whole_window(norms: bool) -> None:
+    layer = source(norms=norms)
+    start, x = small(layer), text(layer)
+    whole = start.attend(layer, x)
+    for first in (0, 1, 20, x.shape[1] - 1):
+        assert relative(start.attend(layer, x, first), whole[:, first:]) < 1e-12
+
+
+def test_every_query_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUERIES_PER_STEP", 20)
+    layer = source()
+    x = text(layer)
+    example = Example(x, layer.attend(x), weights_of(x))
+    parts = [module._part(example, turn) for turn in (5, 6, 7, 8)]
+    assert [part.target.shape[1] for part in parts] == [8, 20, 20, 8]
+    assert [part.x.shape[1] for part in parts] == [48, 20, 40, 48]
+    assert torch.equal(torch.cat([part.target for part in parts[1:]], 1), example.target)
+    assert torch.equal(torch.cat([part.weights for part in parts[1:]], 1), example.weights)
+    for part in parts:  # what it sees is enough to answer
+        first = part.x.shape[1] - part.target.shape[1]
+        assert relative(layer.attend(part.x)[:, first:], part.target) < 1e-12
