@@ -71,7 +71,7 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         metavar="self|FILE",
-        help="text file to calibrate on, may be repeated; 'self' lets the model write the text",
+        help="text to calibrate on (image models: pictures), may be repeated; 'self' lets the model write it",
         show_default="self",
     ),
 ]
@@ -139,17 +139,9 @@ def inspect(
 def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calib",
-            metavar="self|FILE",
-            help="text to profile on (pictures: a directory or .npz), may be repeated; 'self' lets the model write it",
-            show_default="self",
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option("--calib-tokens", help="how much text, in tokens")] = 16384,
-    context: Annotated[int, typer.Option("--context", help="length of a prompt")] = 1024,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 16384,
+    context: Context = 1024,
     seed: Seed = 0,
     gradients: Annotated[bool, typer.Option(help="also measure what needs a backward pass")] = True,
     device: Device = "auto",

@@ -31,6 +31,10 @@ from attnopt.rewriter.site import AttentionSite
 #: Every so-many-th query is looked at: the spectrum is of one pool, and moments of a few thousand queries are enough.
 STRIDE = 8
 
+#: Tokens of each prompt, from its start. The statistics pair queries with keys: longer windows would take memory
+#: with the square of their length.
+LENGTH = 1024
+
 
 class Spectra(SiteMetric):
     """Spectra of one layer."""
@@ -58,7 +62,7 @@ class Spectra(SiteMetric):
 
     def update(self, x: Tensor, view: LayerView) -> None:
         after = view.output if view.stream is None else view.stream + view.output
-        self.statistics.update(x, token_weights(after))
+        self.statistics.update(x[:, :LENGTH], token_weights(after[:, :LENGTH]))
 
     def result(self) -> dict[str, Tensor]:
         stats = self.statistics
