@@ -89,8 +89,8 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
 def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0) -> Calibration:
     """Windows of the text in files, spread evenly over each; every file gives as many as it can of an equal share.
 
-    A window starts with what the tokenizer puts before a text (a BOS or CLS token, or nothing) and ends with what it puts
-    behind (a SEP token): the model expects them, and attention sinks sit there.
+    A window starts with what the tokenizer puts before a text (a BOS or CLS token, or nothing) and ends with what it
+    puts behind (a SEP token): the model expects them, and attention sinks sit there.
 
     Args:
         tokenizer: the model's.
