@@ -20,7 +20,8 @@ from tests.passes.helpers import program_of, with_weights
 
 FAST = ("llama", "qwen3", "phi3-partial", "gpt2", "swin")
 MORE = (
-    "llama-mqa", "gemma3", "gpt_neox", "llama-mha", "llama-llama3", "mistral", "qwen2", "gemma2", "phi3", "mixtral", "opt", "falcon-new", "bert", "vit",
+    "llama-mqa", "gemma3", "gpt_neox", "llama-mha", "llama-llama3", "mistral", "qwen2", "gemma2", "phi3", "mixtral",
+    "opt", "falcon-new", "bert", "vit",
 )  # fmt: skip
 FAMILIES = (*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE))
 GRID = (
