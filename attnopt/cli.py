@@ -6,7 +6,6 @@ missed. Results go to stdout, talk and progress to stderr.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,37 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Recover(StrEnum):
-    """What is done after the closed form."""
-
-    none = "none"
-    refit = "refit"
-
-
-class Emit(StrEnum):
-    """The class the result is written for."""
-
-    auto = "auto"
-    deepseek_v3 = "deepseek_v3"
-    source = "source"
-    attnopt = "attnopt"
-
-
-class Format(StrEnum):
-    """What a model is lowered to."""
-
-    onnx = "onnx"
-    triton = "triton"
-
-
-class Attention(StrEnum):
-    """How ONNX computes attention."""
-
-    auto = "auto"
-    matmul = "matmul"
-    operator = "operator"
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
@@ -91,13 +59,6 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 CheckEach = Annotated[bool, typer.Option("--check-each", help="compare the logits before and after every pass")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, without reading weights")]
-EmitAs = Annotated[
-    Emit,
-    typer.Option(
-        "--emit",
-        help="write for stock transformers (deepseek_v3, or the source's class), for attnopt's class, or choose",
-    ),
-]
 
 
 def _example(*lines: str) -> str:
@@ -188,7 +149,7 @@ def convert(
     kv_lora_rank: Annotated[int | None, typer.Option(help="width of the latent, instead of --kv-keep")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="width of the rotary key, with --kv-lora-rank")] = None,
     recover: Annotated[
-        Recover | None,
+        options.Recover | None,
         typer.Option(help="fit each layer to the original after the closed form, or not"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="mla: convert even if the cache grows")] = False,
@@ -206,7 +167,7 @@ def convert(
     fill: options.Fill = None,
     sparsity: options.Sparsity = None,
     structured: options.Structured = False,
-    emit: EmitAs = Emit.auto,
+    emit: options.EmitAs = options.Emit.auto,
     calib: Calib = None,
     calib_tokens: CalibTokens = 32768,
     context: Context = 512,
@@ -285,7 +246,7 @@ def run(
         typer.Option("--pipeline", "-p", metavar="TEXT", help="passes and their options, separated by commas"),
     ] = None,
     output: Output = None,
-    emit: EmitAs = Emit.auto,
+    emit: options.EmitAs = options.Emit.auto,
     calib: Calib = None,
     calib_tokens: CalibTokens = 32768,
     context: Context = 512,
@@ -423,7 +384,7 @@ def bench(
 )
 def export(
     model: Model,
-    format: Annotated[Format, typer.Option("--format", help="what to write")],
+    format: Annotated[options.Format, typer.Option("--format", help="what to write")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write")],
     target: Annotated[
         str | None,
@@ -434,9 +395,9 @@ def export(
         ),
     ] = None,
     attention: Annotated[
-        Attention,
+        options.Attention,
         typer.Option("--attention", help="in ONNX: matrix products, the Attention operator, or what suits the target"),
-    ] = Attention.auto,
+    ] = options.Attention.auto,
     dtype: Annotated[
         str, typer.Option("--dtype", help="in Triton: type of weights and cache: auto (the source's), bfloat16, ...")
     ] = "auto",
@@ -450,7 +411,7 @@ def export(
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from attnopt import api
 
-        options = api.ExportOptions(
+        how = api.ExportOptions(
             format=format.value,
             target=target,
             attention=attention.value,
@@ -458,7 +419,7 @@ def export(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-        return session.show(api.export(model, output, options, reporter=session.reporter))
+        return session.show(api.export(model, output, how, reporter=session.reporter))
 
 
 @app.command(epilog=_example("attnopt passes"))

@@ -1,4 +1,4 @@
-"""Options of the command line that belong to single methods, and to plans: types only."""
+"""Options of conversions on the command line: types only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,37 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Recover(StrEnum):
+    """What is done after the closed form."""
+
+    none = "none"
+    refit = "refit"
+
+
+class Emit(StrEnum):
+    """The class the result is written for."""
+
+    auto = "auto"
+    deepseek_v3 = "deepseek_v3"
+    source = "source"
+    attnopt = "attnopt"
+
+
+class Format(StrEnum):
+    """What a model is lowered to."""
+
+    onnx = "onnx"
+    triton = "triton"
+
+
+class Attention(StrEnum):
+    """How ONNX computes attention."""
+
+    auto = "auto"
+    matmul = "matmul"
+    operator = "operator"
 
 
 class Edge(StrEnum):
@@ -53,6 +84,13 @@ class Filling(StrEnum):
     none = "none"
 
 
+EmitAs = Annotated[
+    Emit,
+    typer.Option(
+        "--emit",
+        help="write for stock transformers (deepseek_v3, or the source's class), for attnopt's class, or choose",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(

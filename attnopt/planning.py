@@ -35,9 +35,9 @@ def read_profile(program: Program, options: RunOptions) -> dict[str, Any]:
     """The profile that was given, by the name passes look for it under."""
     if options.profile is None:
         return {}
-    from importlib import import_module
+    from attnopt.profiles.profile import Profile
 
-    profile = import_module("attnopt.profiles.profile").Profile.load(options.profile)
+    profile = Profile.load(options.profile)
     profile.require(program)
     return {"profile": profile}
 

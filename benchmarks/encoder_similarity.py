@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a WikiText file with its marks")
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--calib-tokens", type=int, default=32768)
-    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--context", type=int, default=48, help="of calibration windows; sentences have 31 tokens")
     parser.add_argument("--only", action="append", help="rows whose name begins so; may be repeated")
     arguments = parser.parse_args()
 

@@ -89,8 +89,8 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
 def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0) -> Calibration:
     """Windows of the text in files, spread evenly over each; every file gives as many as it can of an equal share.
 
-    A window starts with what the tokenizer puts before a text (a BOS token, or nothing): the model expects it, and
-    attention sinks sit there.
+    A window starts with what the tokenizer puts before a text (a BOS or CLS token, or nothing) and ends with what it
+    puts behind (a SEP token): the model expects them, and attention sinks sit there.
 
     Args:
         tokenizer: the model's.
@@ -104,8 +104,8 @@ def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context
         OptionError: there is too little text for two windows, or `tokens` or `context` make no sense.
     """
     _check_sizes(tokens, context)
-    prefix = _text_prefix(tokenizer)
-    body = context - len(prefix)
+    prefix, suffix = _text_frame(tokenizer)
+    body = context - len(prefix) - len(suffix)
     budget = tokens // context
     streams = [_cut(_token_ids(tokenizer, Path(file)), body) for file in files]
     parts: list[Tensor] = []
@@ -120,8 +120,8 @@ def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context
         left -= count
     parts = [taken[index] for index in range(len(streams))]
     ids = torch.cat(parts)
-    if prefix:
-        ids = torch.cat([torch.tensor(prefix).expand(len(ids), -1), ids], dim=1)
+    before, behind = (torch.tensor(part, dtype=ids.dtype).expand(len(ids), -1) for part in (prefix, suffix))
+    ids = torch.cat([before, ids, behind], dim=1)
     return divide(ids, ", ".join(Path(file).name for file in files), seed)
 
 
@@ -135,14 +135,14 @@ def _check_sizes(tokens: int, context: int) -> None:
         )
 
 
-def _text_prefix(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before every text."""
+def _text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and behind every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
-            return list(full[:start])
-    return []
+            return list(full[:start]), list(full[start + len(plain) :])
+    return [], []
 
 
 def _token_ids(tokenizer: Any, file: Path) -> list[int]:
@@ -260,7 +260,7 @@ def sequence_starts(source: ModelSource, count: int, seed: int) -> Tensor:
     words = torch.arange(vocabulary)
     if source.has_tokenizer:
         tokenizer = source.tokenizer()
-        prefix = _text_prefix(tokenizer)
+        prefix, _ = _text_frame(tokenizer)
         words = words[: len(tokenizer)]
         words = words[~torch.isin(words, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))]
     generator = torch.Generator().manual_seed(seed)

@@ -14,23 +14,23 @@ from attnopt.errors import OptionError, SourceError, UnsupportedError
 from attnopt.profiles import calibration
 from attnopt.profiles.calibration import divide, from_files, sample, self_sampled, sequence_starts
 
-BOS = 300
+BOS, EOS = 300, 301
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes, with or without a BOS token."""
+    """A tokenizer whose tokens are bytes, with or without a BOS token, and with or without an EOS token."""
 
     all_special_ids = (13, BOS)
 
     def __len__(self) -> int:
         return 256
 
-    def __init__(self, bos: bool = False) -> None:
-        self.bos = bos
+    def __init__(self, bos: bool = False, eos: bool = False) -> None:
+        self.bos, self.eos = [BOS] * bos, [EOS] * eos
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         ids = list(text.encode())
-        return {"input_ids": [BOS, *ids] if self.bos and add_special_tokens else ids}
+        return {"input_ids": [*self.bos, *ids, *self.eos] if add_special_tokens else ids}
 
 
 def text_file(folder: Path, name: str, text: str) -> Path:
@@ -104,6 +104,15 @@ class TestFromFiles:
         everything = torch.cat([made.windows, made.selection])
         assert (everything[:, 0] == BOS).all()
         assert (everything[:, 1:] == ord("x")).all()
+
+    def test_each_window_ends_as_the_tokenizer_ends_a_text(self, tmp_path: Path) -> None:
+        text = text_file(tmp_path, "a", "x" * 500)
+        made = from_files(Bytes(bos=True, eos=True), [text], tokens=160, context=16)
+        everything = torch.cat([made.windows, made.selection])
+        assert everything.shape == (10, 16)
+        assert (everything[:, 0] == BOS).all()
+        assert (everything[:, -1] == EOS).all()
+        assert (everything[:, 1:-1] == ord("x")).all()
 
     @pytest.mark.parametrize("text", ["", " \n\t\n"])
     def test_empty_text_is_refused(self, tmp_path: Path, text: str) -> None:

@@ -114,7 +114,8 @@ def is_rewritten(program: Program, site: AttentionSite) -> bool:
 def outside_attention(program: Program) -> dict[str, Value]:
     """Weights outside the attention layers, under their source names, without rotary tables and other constants.
 
-    A tied matrix appears once, as the embedding, whichever of its names the graph reads it by.
+    A tied matrix appears once, as the embedding, whichever of its names the graph reads it by; in architectures that
+    name the embedding otherwise (GPT-2), by the name the graph reads.
     """
     inside = tuple(f"{fqn}." for fqn in program.sites)
     found = {}
@@ -123,7 +124,7 @@ def outside_attention(program: Program) -> dict[str, Value]:
         constant = bare.endswith("inv_freq") or not program.weights.meta(name).dtype.is_floating_point
         if not constant and not bare.startswith(inside):
             found[canonical(name)] = program.weights[name]
-    if is_tied(program) and _HEAD in found:
+    if is_tied(program) and _HEAD in found and _EMBEDDING in program.weights:
         found[_EMBEDDING] = found.pop(_HEAD)
     return found
 

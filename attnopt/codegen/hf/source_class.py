@@ -155,8 +155,13 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
     stored = {
         name: value for name, value in emission.values.items() if name not in buffers or name in model.state_dict()
     }
+    aliases: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    aliases = aliases if config.tie_word_embeddings else {}
+    for alias, name in aliases.items():
+        if name not in stored and alias in stored:
+            stored[name] = stored.pop(alias)
+    tied = set(aliases)
     emission = Emission(emission.target, emission.architecture, emission.config, stored, cached)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     try:
         check_complete(emission, model.state_dict(), tied | {"lm_head.weight"} if config.tie_word_embeddings else tied)
     except VerificationError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+import attnopt.rewriter.ops  # noqa: F401 (registers expert_linear)
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.projections import LinearMap, linear_map
 from attnopt.rewriter.segments import assign_segments

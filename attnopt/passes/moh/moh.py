@@ -187,7 +187,7 @@ class MixtureOfHeads(Repairing):
             bias = set_fresh(editor, site.fqn, "router.bias", Inline(size * router.bias.cpu()))
             route = replace(route, weight=weight, bias=bias)
         if route.gate == "weighted":
-            route = replace(route, **_weighted(editor, site))
+            route = _weighted(editor, site, route)
         return replace(site, route=route)
 
     def _obstacle(self, site: AttentionSite) -> str | None:
@@ -257,16 +257,15 @@ class MixtureOfHeads(Repairing):
             raise OptionError(f"the plan lets no routed unit of {site.fqn} work, and weighted gates need one")
 
 
-def _weighted(editor: Editor, site: AttentionSite) -> dict[str, Any]:
-    """What weighted gates have besides the router: zeros, which give gates of 1."""
-    assert site.route is not None
-    shared, width = len(site.route.shared), site.o.out_features
-    found: dict[str, Any] = {}
+def _weighted(editor: Editor, site: AttentionSite, route: RouteSpec) -> RouteSpec:
+    """The route with what weighted gates have besides the router: zeros, which give gates of 1."""
+    shared, width = len(route.shared), site.o.out_features
     if shared > 1:
-        found["shared_weight"] = set_fresh(editor, site.fqn, "router.share", Inline(torch.zeros(shared, width)))
+        name = set_fresh(editor, site.fqn, "router.share", Inline(torch.zeros(shared, width)))
+        route = replace(route, shared_weight=name)
     if shared:
-        found["balance"] = set_fresh(editor, site.fqn, "router.balance", Inline(torch.zeros(2, width)))
-    return found
+        route = replace(route, balance=set_fresh(editor, site.fqn, "router.balance", Inline(torch.zeros(2, width))))
+    return route
 
 
 def _contributions(site: AttentionSite, moments: Moments) -> list[float]:

@@ -18,12 +18,15 @@ from attnopt.rewriter.verify import verify, violations
 from tests import models
 from tests.passes.helpers import program_of, with_weights
 
-FAST = ("llama", "llama-mqa", "qwen3", "gemma3", "phi3-partial", "gpt2", "gpt_neox", "swin")
+FAST = ("llama", "qwen3", "phi3-partial", "gpt2", "swin")
 MORE = (
-    "llama-mha", "llama-llama3", "mistral", "qwen2", "gemma2", "phi3", "mixtral", "opt", "falcon-new", "bert", "vit",
+    "llama-mqa", "gemma3", "gpt_neox", "llama-mha", "llama-llama3", "mistral", "qwen2", "gemma2", "phi3", "mixtral",
+    "opt", "falcon-new", "bert", "vit",
 )  # fmt: skip
 FAMILIES = (*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE))
-GRID = ((8, 2), (8, 4), (16, 4), (16, 2), (8, 8), (8, 1))
+GRID = (
+    (8, 2), (8, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((16, 4), (16, 2), (8, 8), (8, 1))),
+)  # fmt: skip
 
 
 def keep(program: Program, kept: dict[str, list[int]]) -> Program:

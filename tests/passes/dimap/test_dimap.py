@@ -32,7 +32,13 @@ def module_names(program: Program) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "family", ["swin", "vit", "bert", "llama", "phi3", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3"]
+    "family",
+    [
+        "swin",
+        "llama",
+        "mixtral",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("vit", "bert", "phi3", "qwen3_moe", "gpt2", "deepseek_v3")),
+    ],
 )
 def test_modules_lose_exactly_the_share_asked_for(family: str) -> None:
     _, program = models.captured(family)
@@ -94,7 +100,9 @@ def test_fused_and_split_storage_lose_the_same_weights() -> None:
     assert torch.equal(one.weights.get(f"{layer}.qkv_proj.weight"), joined)
 
 
-@pytest.mark.parametrize("family", ["swin", "vit", "bert", "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["swin", "llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("vit", "bert", "gpt2"))]
+)
 def test_structured_removal_equals_a_mask(family: str) -> None:
     _, program = models.captured(family)
     result = apply(program, "dimap{structured=true sparsity=0.4}", NO_DATA)

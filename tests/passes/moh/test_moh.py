@@ -27,8 +27,8 @@ def gates_of(program: Program) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("router", "heads", "kv_heads"), [
-    ("linear", 8, 2), ("linear", 8, 4), ("linear", 16, 4), ("linear", 16, 2), ("linear", 8, 8), ("linear", 8, 1),
-    ("qnorm", 8, 2), ("qnorm", 8, 8),
+    ("linear", 8, 2), ("qnorm", 8, 4),
+    *(pytest.param("linear", *sizes, marks=pytest.mark.slow) for sizes in ((8, 4), (16, 4), (16, 2), (8, 8), (8, 1))),
 ])  # fmt: skip
 def test_exactly_the_active_share_works_on_every_token(router: str, heads: int, kv_heads: int) -> None:
     program = program_of("llama", 2, heads, kv_heads)
@@ -98,7 +98,9 @@ def test_a_planted_rule_is_learnt_by_the_linear_router() -> None:
     assert change(dead, result.program) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi3", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi3", "bert", "gpt2"))]
+)
 def test_every_family_routes(family: str) -> None:
     _, program = models.captured(family)
     result = apply(program, "moh{active=0.75}")

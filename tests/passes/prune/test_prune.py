@@ -12,7 +12,9 @@ from attnopt.passes.prune.prune import Prune
 from attnopt.rewriter.passes import PassContext
 from tests.passes.helpers import apply, calibration, change, program_of, with_weights
 
-GRID = ((8, 2), (8, 4), (16, 4), (16, 2), (8, 8))
+GRID = (
+    (8, 2), (8, 4), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((16, 4), (16, 2), (8, 8))),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), GRID)
