@@ -103,7 +103,7 @@ def _translate(module: fx.GraphModule, examples: Mapping[str, Any], shapes: Any,
     with torch.no_grad(), _quiet():
         exported = torch.export.export(module, (), dict(examples), dynamic_shapes=shapes, strict=False)
         if not decompose:
-            exported.run_decompositions = lambda *_: exported  # type: ignore[method-assign]
+            exported.run_decompositions = lambda *_: exported
         program = torch.onnx.export(
             exported,
             (),
