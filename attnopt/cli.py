@@ -15,6 +15,7 @@ import typer
 import attnopt
 from attnopt import cli_options as options
 from attnopt.demo import CALIB_TOKENS
+from attnopt.errors import OptionError
 from attnopt.session import INTERRUPTED, Session, report_failure
 
 app = typer.Typer(
@@ -87,6 +88,14 @@ EmitAs = Annotated[
 
 def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _lengths(text: str | None, option: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError as error:
+        raise OptionError(f"{option} {text} is no list of lengths", f"give numbers, e.g. {option} 512,2048") from error
 
 
 def _version(value: bool) -> None:
@@ -326,7 +335,14 @@ def run(
         return session.show(result)
 
 
-@app.command(epilog=_example("attnopt verify ./SmolLM2-135M-mla", "attnopt verify OUT --text wiki.txt --gate 1.1"))
+@app.command(
+    epilog=_example(
+        "attnopt verify ./SmolLM2-135M-mla",
+        "attnopt verify OUT --text wiki.txt --text code.txt --gate 1.1",
+        "attnopt verify OUT --long-context 8192 --passkey 512,2048 --gate 1.1 --passkey-gate 0.9",
+        "attnopt verify OUT --lm-eval arc_easy,hellaswag --lm-eval-limit 200",
+    )
+)
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="a directory that attnopt wrote")],
     against: Annotated[
@@ -343,9 +359,43 @@ def verify(
     window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
     windows: Annotated[int, typer.Option(help="windows per text")] = 16,
     wikitext: Annotated[bool, typer.Option("--wikitext", help="undo the marks of WikiText in the texts")] = False,
-    gate: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="exit with 3 if a perplexity ratio is above this")
+    long_context: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="also perplexity by position, in windows of N tokens of the same texts"),
     ] = None,
+    long_windows: Annotated[int, typer.Option(help="windows of --long-context per text")] = 4,
+    passkey: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS", help="also retrieval of a number told inside texts of so many tokens, e.g. 512,2048"
+        ),
+    ] = None,
+    passkey_trials: Annotated[int, typer.Option(help="prompts per length and depth; there are five depths")] = 4,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help='also tasks of the lm-eval harness; needs pip install "attnopt[lm-eval]"'),
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="at most so many examples of each task")] = None,
+    lm_eval_folder: Annotated[
+        str | None, typer.Option(metavar="DIR", help="task definitions (YAML) besides those of the harness")
+    ] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO", help="exit with 3 if a perplexity ratio (of a text, at a position) is above this"
+        ),
+    ] = None,
+    passkey_gate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="exit with 3 if less than this share of the original's passkeys is found at a length; "
+            "0.95 if there is a --gate",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the passkey prompts")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="type both models compute in")] = "float32",
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -362,7 +412,18 @@ def verify(
             window=window,
             windows=windows,
             wikitext=wikitext,
+            long_context=long_context,
+            long_windows=long_windows,
+            passkey=_lengths(passkey, "--passkey"),
+            passkey_trials=passkey_trials,
+            lm_eval=lm_eval.split(",") if lm_eval is not None else (),
+            lm_eval_limit=lm_eval_limit,
+            lm_eval_folder=lm_eval_folder,
             gate=gate,
+            passkey_gate=passkey_gate,
+            seed=seed,
+            device=device,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             reporter=session.reporter,
         )
