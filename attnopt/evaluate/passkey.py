@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from attnopt.errors import OptionError
+from attnopt.errors import OptionError, UnsupportedError
 from attnopt.evaluate.job import PasskeySpec
 
 _INTRODUCTION = (
@@ -64,6 +64,7 @@ def prompts_of(spec: PasskeySpec, tokenizer: Any) -> list[Prompt]:
 
     Raises:
         OptionError: a length has no room for the number and the question.
+        UnsupportedError: the tokenizer has no digits.
     """
     made = []
     for length in spec.lengths:
@@ -77,22 +78,27 @@ def prompts_of(spec: PasskeySpec, tokenizer: Any) -> list[Prompt]:
 
 def _prompt(length: int, depth: float, digits: int, source: random.Random, tokenizer: Any) -> Prompt:
     key = str(source.randrange(10 ** (digits - 1), 10**digits))
-    filler = [_sentence(source) for _ in range(length // 4)]  # a sentence has more than four tokens
 
-    def encoded(sentences: int) -> tuple[list[int], list[int]]:
-        return _encode(_text(filler[:sentences], depth, key), key, tokenizer)
+    def encoded(sentences: list[str]) -> tuple[list[int], list[int]]:
+        return _encode(_text(sentences, depth, key), key, tokenizer)
 
-    low, high = 0, len(filler)  # how many sentences fit: between these two
-    while low < high:
-        middle = (low + high + 1) // 2
-        prompt, answer = encoded(middle)
-        low, high = (middle, high) if len(prompt) + len(answer) <= length else (low, middle - 1)
-    prompt, answer = encoded(low)
+    prompt, answer = encoded([])
+    room = length - len(prompt) - len(answer)
+    filler: list[str] = []
+    while room > 0:  # by the lengths of single sentences, which together may differ by a few tokens
+        filler.append(_sentence(source))
+        room -= max(1, len(tokenizer(f" {filler[-1]}", add_special_tokens=False)["input_ids"]))
+    prompt, answer = encoded(filler)
+    while filler and len(prompt) + len(answer) > length:
+        filler.pop()
+        prompt, answer = encoded(filler)
     least = len(prompt) + len(answer)
     if least > length:
         raise OptionError(
             f"a passkey prompt of {length} tokens has no room for the question", f"use at least {least} tokens, or 512"
         )
+    if key not in tokenizer.decode(answer).replace(" ", ""):
+        raise UnsupportedError("the model's tokenizer cannot write numbers", "leave --passkey out")
     return Prompt(length, depth, key, tuple(prompt), tuple(answer))
 
 
