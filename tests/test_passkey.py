@@ -130,6 +130,7 @@ def test_a_model_that_forgets_is_found_out(tokenizer: Any) -> None:
     assert apply_gates({"texts": [], "passkey": same}, None, 1.0)["passed"]
 
 
+@torch.no_grad()
 def test_scores_equal_greedy_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path, 3)
     prompt = torch.randint(3, 60, (41,), generator=torch.Generator().manual_seed(1))

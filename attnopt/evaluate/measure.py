@@ -71,7 +71,7 @@ class Outcome:
     Attributes:
         about: the model itself, as `_describe` says it.
         scores: per passage, one entry per span.
-        cache_bytes: size of the cache after a long window, by passage.
+        cache_bytes: size of one sequence's cache after a long window, by passage.
         answers: of every passkey prompt, (right, negative log-likelihood).
         tasks: rows of the lm-eval harness.
         logits: of the job's sequences, if it asks for them.
@@ -187,7 +187,7 @@ def _watch(
         tokens = out.logits.shape[0] * out.logits.shape[1]
         loaded.run_tokens += tokens
         if passage.piece is not None:
-            cache_bytes[passage.key] = count_cache_bytes(out.past_key_values)
+            cache_bytes[passage.key] = count_cache_bytes(out.past_key_values) // out.logits.shape[0]
         progress(passage.file, tokens)
         yield out.logits
 
