@@ -43,7 +43,7 @@ def simple_evaluate(model, tasks, task_manager, limit, log_samples):
     CALLS.append((model.tokenizer, tasks, task_manager.include_path, limit))
     if "offline" in tasks:
         raise ConnectionError("Couldn't reach 'offline' on the Hub\\nand more")
-    weight = float(next(model.model.parameters()).flatten()[0])
+    weight = float(next(model.model.parameters()).detach().flatten()[0])
     return {
         "results": {
             task: {
@@ -100,7 +100,7 @@ def test_what_it_is_given_and_what_comes_back(fake: Path, tmp_path: Path, capsys
         "task": "arc_easy",
         "metric": "acc",
         "filter": "none",
-        "value": pytest.approx(float(next(model.parameters()).flatten()[0])),
+        "value": pytest.approx(float(next(model.parameters()).detach().flatten()[0])),
         "standard_error": 0.25,
         "examples": 5,
         "higher_is_better": True,
@@ -139,7 +139,7 @@ def test_both_models_side_by_side(fake: Path, tmp_path: Path) -> None:
     ).to_json()
     assert document["lm_eval_version"] == "0.4.fake"
     row = document["tasks"][0]
-    before, after = (float(next(model.parameters()).flatten()[0]) for model in (first, second))
+    before, after = (float(next(model.parameters()).detach().flatten()[0]) for model in (first, second))
     assert (row["task"], row["metric"], row["examples"]) == ("words", "acc", 5)
     assert row["original"] == pytest.approx(before)
     assert row["converted"] == pytest.approx(after)
