@@ -14,8 +14,8 @@ import typer
 
 import attnopt
 from attnopt import cli_options as options
+from attnopt import cli_verify as judge
 from attnopt.demo import CALIB_TOKENS
-from attnopt.errors import OptionError
 from attnopt.session import INTERRUPTED, Session, report_failure
 
 app = typer.Typer(
@@ -88,14 +88,6 @@ EmitAs = Annotated[
 
 def _example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _lengths(text: str | None, option: str) -> list[int]:
-    """Numbers separated by commas."""
-    try:
-        return [int(part) for part in text.split(",")] if text is not None else []
-    except ValueError as error:
-        raise OptionError(f"{option} {text} is no list of lengths", f"give numbers, e.g. {option} 512,2048") from error
 
 
 def _version(value: bool) -> None:
@@ -345,57 +337,23 @@ def run(
 )
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="a directory that attnopt wrote")],
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="the original; by default where OUT was made from")
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            help="held-out text, may be repeated; by default the English text that Python ships (pydoc_data.topics)",
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
-    windows: Annotated[int, typer.Option(help="windows per text")] = 16,
-    wikitext: Annotated[bool, typer.Option("--wikitext", help="undo the marks of WikiText in the texts")] = False,
-    long_context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="also perplexity by position, in windows of N tokens of the same texts"),
-    ] = None,
-    long_windows: Annotated[int, typer.Option(help="windows of --long-context per text")] = 4,
-    passkey: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LENGTHS", help="also retrieval of a number told inside texts of so many tokens, e.g. 512,2048"
-        ),
-    ] = None,
-    passkey_trials: Annotated[int, typer.Option(help="prompts per length and depth; there are five depths")] = 4,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(metavar="TASKS", help='also tasks of the lm-eval harness; needs pip install "attnopt[lm-eval]"'),
-    ] = None,
-    lm_eval_limit: Annotated[int | None, typer.Option(help="at most so many examples of each task")] = None,
-    lm_eval_folder: Annotated[
-        str | None, typer.Option(metavar="DIR", help="task definitions (YAML) besides those of the harness")
-    ] = None,
-    gate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RATIO", help="exit with 3 if a perplexity ratio (of a text, at a position) is above this"
-        ),
-    ] = None,
-    passkey_gate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="exit with 3 if less than this share of the original's passkeys is found at a length; "
-            "0.95 if there is a --gate",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="of the passkey prompts")] = 0,
+    against: judge.Against = None,
+    text: judge.Text = None,
+    window: judge.Window = 1024,
+    windows: judge.Windows = 16,
+    wikitext: judge.Wikitext = False,
+    long_context: judge.LongContext = None,
+    long_windows: judge.LongWindows = 4,
+    passkey: judge.Passkey = None,
+    passkey_trials: judge.PasskeyTrials = 4,
+    lm_eval: judge.LmEval = None,
+    lm_eval_limit: judge.LmEvalLimit = None,
+    lm_eval_folder: judge.LmEvalFolder = None,
+    gate: judge.Gate = None,
+    passkey_gate: judge.PasskeyGate = None,
+    seed: judge.Seed = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="type both models compute in")] = "float32",
+    dtype: judge.Dtype = "float32",
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -414,7 +372,7 @@ def verify(
             wikitext=wikitext,
             long_context=long_context,
             long_windows=long_windows,
-            passkey=_lengths(passkey, "--passkey"),
+            passkey=api.numbers(passkey, "--passkey") if passkey is not None else (),
             passkey_trials=passkey_trials,
             lm_eval=lm_eval.split(",") if lm_eval is not None else (),
             lm_eval_limit=lm_eval_limit,

@@ -316,7 +316,8 @@ def count_cached_numbers(cache: Any, batch: int) -> int:
 
 def count_cache_bytes(cache: Any) -> int:
     """Bytes of keys and values that a transformers cache holds, all layers and sequences together."""
-    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    kept = [tensor for tensor in found if tensor is not None]  # a layer that reads another's has none
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 

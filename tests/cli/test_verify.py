@@ -46,7 +46,7 @@ def test_document_and_gates(cli: Run, roomy: Path, prose: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message", "hint"),
     [
-        (["--passkey", "300,many"], "--passkey 300,many is no list of lengths", "512,2048"),
+        (["--passkey", "300,many"], "--passkey '300,many' is no list of whole numbers", "--passkey 1024,4096"),
         (["--passkey-gate", "0.9"], "needs a passkey test", "--passkey"),
         (["--passkey", "0"], "passkey lengths [0]", "512,2048"),
         (["--long-context", "4"], "a context of 4 tokens is not long", "8192"),
