@@ -85,6 +85,9 @@ class Original:
             self._hook.remove()
             self._seen = None
             setattr(self.model, self._name, self._stand_in)
+            # Weights are views of mapped files; the head's alone would keep all of them mapped.
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                tensor.data = tensor.data.clone()
 
     def logits(self, key: str, ids: torch.Tensor, piece: int | None) -> Iterator[torch.Tensor]:
         """The logits that `run` gave for the same arguments, in the same pieces."""
