@@ -19,7 +19,8 @@ from attnopt.errors import AttnoptError, OptionError
 from attnopt.exporting import Export, ExportOptions, export_model
 from attnopt.profiling import ProfileOptions, profile_model
 from attnopt.progress import Reporter, Silent
-from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Profiled, Verification
+from attnopt.results import Bench, Conversion, Inspection, PassList, PlanPreview, Profiled
+from attnopt.verification import Verification
 
 
 def inspect(model: str | Path, *, trust_remote_code: bool = False, reporter: Reporter | None = None) -> Inspection:
@@ -264,7 +265,19 @@ def verify(
     window: int = 1024,
     windows: int = 16,
     wikitext: bool = False,
+    long_context: int | None = None,
+    long_windows: int = 4,
+    passkey: Sequence[int] = (),
+    passkey_depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    passkey_trials: int = 4,
+    lm_eval: Sequence[str] = (),
+    lm_eval_limit: int | None = None,
+    lm_eval_folder: str | None = None,
     gate: float | None = None,
+    passkey_gate: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
     prompt: str | None = None,
     sample_tokens: int = 40,
     trust_remote_code: bool = False,
@@ -279,17 +292,34 @@ def verify(
         window: tokens in a window, of which window - 1 are predicted.
         windows: at most this many windows per text.
         wikitext: undo WikiText's marks in the texts.
-        gate: largest allowed ratio of perplexities; the result's exit code is 3 if it is missed.
+        long_context: tokens of long windows of the same texts, of which perplexity is told by position; None for none.
+        long_windows: at most this many of them per text.
+        passkey: lengths, in tokens, at which a number told inside a long text has to be found again.
+        passkey_depths: where it is told, as fractions of the text.
+        passkey_trials: prompts per length and depth.
+        lm_eval: tasks of the lm-eval harness (the extra `lm-eval`).
+        lm_eval_limit: at most so many examples of each.
+        lm_eval_folder: definitions of more tasks.
+        gate: largest allowed ratio of perplexities, of every text and at every position measured; the result's exit
+            code is 3 if a gate is missed. It implies a passkey gate of 0.95 where passkeys are asked for.
+        passkey_gate: share of the original's accuracy that has to be kept at every length.
+        seed: of the passkey prompts.
+        device: "auto", "cpu" or "cuda[:N]".
+        dtype: type both models compute in.
         prompt: text that both models continue greedily, or None.
         sample_tokens: how far they continue it.
         trust_remote_code: run Python code that the directories bring.
         reporter: told of the tokens measured.
 
     Raises:
-        AttnoptError: a model or text cannot be read, or the text is too short.
+        OptionError: an option is wrong, or a length is more than a model promises to read.
+        AttnoptError: a model or text cannot be read, the text is too short, or lm-eval is not installed.
     """
-    from attnopt.evaluate import Job, ModelSpec, TextSpec, evaluate, verify_report
+    from attnopt.evaluate import HarnessSpec, Job, ModelSpec, PasskeySpec, TextSpec, evaluate, verify_report
     from attnopt.evaluate.text import PYTHON_TOPICS, write_python_topics
+
+    if passkey_gate is not None and not passkey:
+        raise OptionError("a passkey gate needs a passkey test", "give lengths with --passkey, e.g. --passkey 512,2048")
 
     if not Path(output).is_dir():
         raise AttnoptError(f"{output} is not a directory", "give the directory that attnopt convert wrote")
@@ -304,12 +334,19 @@ def verify(
             texts=tuple(TextSpec(file, wikitext=wikitext) for file in files),
             window=window,
             windows=windows,
+            long_context=long_context,
+            long_windows=long_windows,
+            passkey=PasskeySpec(tuple(passkey), tuple(passkey_depths), passkey_trials, seed=seed) if passkey else None,
+            harness=HarnessSpec(tuple(lm_eval), lm_eval_limit, lm_eval_folder) if lm_eval else None,
+            dtype=dtype,
+            device=device,
             prompt=prompt,
             sample_tokens=sample_tokens,
         )
-        document = verify_report(evaluate(job, reporter), gate)
+        document = verify_report(evaluate(job, reporter), gate, passkey_gate)
     if not texts:
-        document["texts"][0]["file"] = PYTHON_TOPICS
+        for told in (*document["texts"], *document.get("long_context", ())):
+            told["file"] = PYTHON_TOPICS
     return Verification(document)
 
 

@@ -13,6 +13,7 @@ import typer
 
 import attnopt
 from attnopt import cli_options as options
+from attnopt import cli_verify as judge
 from attnopt.demo import CALIB_TOKENS
 from attnopt.session import INTERRUPTED, Session, report_failure
 
@@ -294,26 +295,33 @@ def run(
         return session.show(result)
 
 
-@app.command(epilog=_example("attnopt verify ./SmolLM2-135M-mla", "attnopt verify OUT --text wiki.txt --gate 1.1"))
+@app.command(
+    epilog=_example(
+        "attnopt verify ./SmolLM2-135M-mla",
+        "attnopt verify OUT --text wiki.txt --text code.txt --gate 1.1",
+        "attnopt verify OUT --long-context 8192 --passkey 512,2048 --gate 1.1 --passkey-gate 0.9",
+        "attnopt verify OUT --lm-eval arc_easy,hellaswag --lm-eval-limit 200",
+    )
+)
 def verify(
     output: Annotated[str, typer.Argument(metavar="OUT", help="a directory that attnopt wrote")],
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="the original; by default where OUT was made from")
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            help="held-out text, may be repeated; by default the English text that Python ships (pydoc_data.topics)",
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
-    windows: Annotated[int, typer.Option(help="windows per text")] = 16,
-    wikitext: Annotated[bool, typer.Option("--wikitext", help="undo the marks of WikiText in the texts")] = False,
-    gate: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="exit with 3 if a perplexity ratio is above this")
-    ] = None,
+    against: judge.Against = None,
+    text: judge.Text = None,
+    window: judge.Window = 1024,
+    windows: judge.Windows = 16,
+    wikitext: judge.Wikitext = False,
+    long_context: judge.LongContext = None,
+    long_windows: judge.LongWindows = 4,
+    passkey: judge.Passkey = None,
+    passkey_trials: judge.PasskeyTrials = 4,
+    lm_eval: judge.LmEval = None,
+    lm_eval_limit: judge.LmEvalLimit = None,
+    lm_eval_folder: judge.LmEvalFolder = None,
+    gate: judge.Gate = None,
+    passkey_gate: judge.PasskeyGate = None,
+    seed: judge.Seed = 0,
+    device: Device = "auto",
+    dtype: judge.Dtype = "float32",
     trust_remote_code: Trust = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -330,7 +338,18 @@ def verify(
             window=window,
             windows=windows,
             wikitext=wikitext,
+            long_context=long_context,
+            long_windows=long_windows,
+            passkey=api.numbers(passkey, "--passkey") if passkey is not None else (),
+            passkey_trials=passkey_trials,
+            lm_eval=lm_eval.split(",") if lm_eval is not None else (),
+            lm_eval_limit=lm_eval_limit,
+            lm_eval_folder=lm_eval_folder,
             gate=gate,
+            passkey_gate=passkey_gate,
+            seed=seed,
+            device=device,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             reporter=session.reporter,
         )

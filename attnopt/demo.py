@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import AttnoptError
 from attnopt.progress import Reporter, Silent
-from attnopt.results import Conversion, Inspection, Verification
+from attnopt.results import Conversion, Inspection
+from attnopt.verification import Verification
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -320,61 +320,6 @@ class Profiled:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """A written model next to its original.
-
-    Attributes:
-        document: `attnopt.verify/1`, as `evaluate.verify_report` makes it.
-    """
-
-    document: Mapping[str, Any]
-
-    @property
-    def exit_code(self) -> int:
-        """3 if a gate was asked for and is missed, else 0."""
-        return 0 if self.document.get("gate", {}).get("passed", True) else 3
-
-    def to_json(self) -> dict[str, Any]:
-        """The document `attnopt.verify/1`."""
-        return dict(self.document)
-
-    def view(self, *, quiet: bool) -> RenderableType:
-        """A table with a line per text; only the worst ratio if quiet."""
-        from rich.console import Group
-
-        from attnopt.render import percent, table
-
-        texts = self.document["texts"]
-        if quiet:
-            return f"{max(text['perplexity']['ratio'] for text in texts):.4f}"
-        rows = [
-            [
-                text["file"],
-                f"{text['windows']} x {text['window']}",
-                f"{text['perplexity']['original']:.3f}",
-                f"{text['perplexity']['converted']:.3f}",
-                f"{text['perplexity']['ratio']:.4f}",
-                f"{text['kl']:.4f}",
-                f"{text['top1_agreement']:.1%}",
-            ]
-            for text in texts
-        ]
-        columns = ("text", "windows", "original", "converted", "ratio", "KL (nats)", "same top word")
-        cached = self.document["cached_numbers_per_token"]
-        lines: list[RenderableType] = [
-            table("perplexity", columns, rows, numbers=(1, 2, 3, 4, 5, 6)),
-            f"cached numbers per token, counted on the running model: {cached['original']:,} -> "
-            f"{cached['converted']:,} ({percent(cached['converted'], cached['original'])})",
-            f"reloaded in a fresh process as {self.document['reloaded_as']}",
-        ]
-        gate = self.document.get("gate")
-        if gate:
-            verdict = "passed" if gate["passed"] else "missed"
-            lines.append(f"gate {gate['ratio']:g} {verdict}: the worst ratio is {gate['worst']:.4f}")
-        return Group(*lines)
-
-
-@dataclass(frozen=True)
 class Bench:
     """Speed and memory of a model, and of its original.
 

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from attnopt.errors import AttnoptError, OptionError, SourceError
 from attnopt.evaluate import Job, ModelSpec, TextSpec, apply_gate, evaluate, launch, peak_rss_bytes, verify_report
 from attnopt.evaluate.__main__ import main
-from attnopt.evaluate.measure import count_cached_numbers, load, measure_cache, run, score_windows
+from attnopt.evaluate.loading import load
+from attnopt.evaluate.measure import count_cached_numbers, measure_cache, run
 from attnopt.evaluate.report import WindowScores, compare, mean, standard_error
+from attnopt.evaluate.scores import score_windows
 from attnopt.evaluate.text import read_text, undo_wikitext_marks, windows_of
 
 WORDS = [f"w{i}" for i in range(57)]
@@ -166,9 +168,10 @@ def test_scores_equal_direct_computation(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.manual_seed(0)
     ids = torch.randint(0, 60, (3, 21))
     p, q = 2 * torch.randn(3, 21, 60), 2 * torch.randn(3, 21, 60)
-    monkeypatch.setattr("attnopt.evaluate.measure._SLICE", 7)
-    scores = WindowScores()
-    score_windows(ids, p, q, scores)
+    monkeypatch.setattr("attnopt.evaluate.scores._SLICE", 7)
+    pieces = [slice(0, 12), slice(12, 20), slice(20, 21)]  # the last one predicts nothing
+    positions = score_windows(ids, [q[:, part] for part in pieces], [p[:, part] for part in pieces])
+    scores = positions.windows(0, 21)
     for row in range(3):
         log_p, log_q = p[row, :-1].double().log_softmax(-1), q[row, :-1].double().log_softmax(-1)
         nll = torch.nn.functional.nll_loss(log_q, ids[row, 1:])

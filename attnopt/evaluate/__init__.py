@@ -3,9 +3,20 @@
 Nothing here imports torch; the measuring process (`python -m attnopt.evaluate JOB.json`) does.
 """
 
-from attnopt.evaluate.job import Job, ModelSpec, TextSpec
+from attnopt.evaluate.document import apply_gate, apply_gates, verify_report
+from attnopt.evaluate.job import HarnessSpec, Job, ModelSpec, PasskeySpec, TextSpec
 from attnopt.evaluate.launch import evaluate
 from attnopt.evaluate.memory import peak_rss_bytes
-from attnopt.evaluate.report import apply_gate, verify_report
 
-__all__ = ["Job", "ModelSpec", "TextSpec", "apply_gate", "evaluate", "peak_rss_bytes", "verify_report"]
+__all__ = [
+    "HarnessSpec",
+    "Job",
+    "ModelSpec",
+    "PasskeySpec",
+    "TextSpec",
+    "apply_gate",
+    "apply_gates",
+    "evaluate",
+    "peak_rss_bytes",
+    "verify_report",
+]

@@ -45,6 +45,57 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class PasskeySpec:
+    """Passkey retrieval (Mohtashami and Jaggi 2023, arXiv 2305.16300): a number told once inside a long text, asked for
+    at its end.
+
+    Attributes:
+        lengths: tokens of a prompt with its answer, at most.
+        depths: where the number is told, as fractions of the text before the question.
+        trials: prompts of each length and depth, with different numbers and different text around them.
+        digits: of the number.
+        seed: of the numbers and the text.
+    """
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    trials: int = 4
+    digits: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths or len(set(self.lengths)) != len(self.lengths) or min(self.lengths) < 1:
+            raise OptionError(
+                f"passkey lengths {list(self.lengths)} are no lengths", "give different ones, e.g. 512,2048"
+            )
+        if not self.depths or any(not 0.0 <= depth <= 1.0 for depth in self.depths):
+            raise OptionError(f"passkey depths {list(self.depths)} do not lie in 0 to 1", "use e.g. 0, 0.5 and 1")
+        if self.trials < 1 or self.digits < 1:
+            raise OptionError("a passkey test needs prompts and digits", "use at least 1 of each")
+
+
+@dataclass(frozen=True)
+class HarnessSpec:
+    """Tasks of the lm-eval harness.
+
+    Attributes:
+        tasks: names as `lm_eval --tasks` takes them; patterns with * are allowed.
+        limit: at most so many examples of each task; None for all.
+        folder: more task definitions (YAML), or None.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not all(self.tasks):
+            raise OptionError("no lm-eval tasks named", "give names separated by commas, e.g. arc_easy,hellaswag")
+        if self.limit is not None and self.limit < 1:
+            raise OptionError(f"{self.limit} examples of a task measure nothing", "use at least 1")
+
+
+@dataclass(frozen=True)
 class Job:
     """One run of the measuring process.
 
@@ -53,6 +104,10 @@ class Job:
         texts: what perplexity, divergence and agreement are measured on; may be empty.
         window: tokens of a window; each window predicts window - 1 of them.
         windows: at most so many windows of each text, from its start; None for all.
+        long_context: tokens of the long windows of which loss is told by position; None for none.
+        long_windows: at most so many long windows of each text, from its start.
+        passkey: retrieval test, or None.
+        harness: lm-eval tasks, or None.
         dtype: type the models compute in.
         device: torch device.
         prompt: text continued greedily by every model, or None.
@@ -66,6 +121,10 @@ class Job:
     texts: tuple[TextSpec, ...] = ()
     window: int = 1024
     windows: int | None = None
+    long_context: int | None = None
+    long_windows: int = 4
+    passkey: PasskeySpec | None = None
+    harness: HarnessSpec | None = None
     dtype: str = "float32"
     device: str = "cpu"
     prompt: str | None = None
@@ -82,6 +141,12 @@ class Job:
             raise OptionError(f"a window of {self.window} tokens predicts nothing", "use at least 2, or 1024")
         if self.windows is not None and self.windows < 1:
             raise OptionError(f"{self.windows} windows measure nothing", "use at least 1")
+        if self.long_context is not None and self.long_context < 16:
+            raise OptionError(f"a context of {self.long_context} tokens is not long", "use at least 16, or 8192")
+        if self.long_context is not None and not self.texts:
+            raise OptionError("loss by position needs a text", "give one")
+        if self.long_windows < 1:
+            raise OptionError(f"{self.long_windows} long windows measure nothing", "use at least 1")
         if self.dtype not in DTYPES:
             raise OptionError(f"unknown type {self.dtype!r}", f"use one of {', '.join(DTYPES)}")
         if bool(self.logits_ids) != bool(self.logits_file):
@@ -91,6 +156,23 @@ class Job:
                 raise OptionError(
                     f"{text.file}: no text between {text.start} and {text.stop}", "use 0 <= start < stop <= 1"
                 )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that will go through the models, all together; 0 if only the texts can tell."""
+        if self.texts and self.windows is None:
+            return 0
+        each = len(self.texts) * (self.windows or 0) * self.window
+        each += len(self.texts) * self.long_windows * (self.long_context or 0)
+        if self.passkey is not None:
+            each += sum(self.passkey.lengths) * len(self.passkey.depths) * self.passkey.trials
+        return each * len(self.models)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence whose length was asked for; 0 for none."""
+        lengths = self.passkey.lengths if self.passkey is not None else ()
+        return max((self.long_context or 0, *lengths))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -106,8 +188,12 @@ class Job:
         if data.get("schema") != SCHEMA:
             raise OptionError(f"this is no evaluation job (schema {data.get('schema')!r})", f"expected {SCHEMA}")
         values = {key: value for key, value in data.items() if key != "schema"}
-        for key, kind in (("models", ModelSpec), ("texts", TextSpec)):
-            values[key] = tuple(_make(kind, entry) for entry in values.get(key, ()))
+        for key, many in (("models", ModelSpec), ("texts", TextSpec)):
+            values[key] = tuple(_make(many, entry) for entry in values.get(key, ()))
+        for key, one in (("passkey", PasskeySpec), ("harness", HarnessSpec)):
+            if values.get(key) is not None:
+                fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values[key].items()}
+                values[key] = _make(one, fields)
         values["logits_ids"] = tuple(tuple(row) for row in values.get("logits_ids", ()))
         return _make(cls, values)
 

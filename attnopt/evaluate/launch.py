@@ -20,15 +20,15 @@ def evaluate(job: Job, reporter: Reporter | None = None) -> dict[str, Any]:
 
     The report: schema "attnopt.evaluate/1"; `models`, each with the class it was loaded as, its parameters, the cached
     numbers per token counted on the real cache, the error of decoding with it, tokens per second and the sample;
-    `texts`, each with the original's perplexity and, per converted model, what `report.compare` gives; seconds and peak
-    resident bytes of the process.
+    `texts`, each with the original's perplexity and, per converted model, what `report.compare` gives; if asked for,
+    `long_context` (`report.by_position`), `passkey` (`report.retrieval`) and `tasks` (`report.task_scores`); seconds
+    and peak resident bytes of the process.
 
     Raises:
         AttnoptError, RuntimeError: see `in_fresh_process`.
     """
     reporter = reporter or Silent()
-    per_text = (job.windows or 0) * job.window * len(job.models)
-    with bar(reporter, "measuring", per_text * len(job.texts), "tokens") as handle:
+    with bar(reporter, "measuring", job.tokens, "tokens") as handle:
         return in_fresh_process("attnopt.evaluate", job.to_json(), lambda n: reporter.advance(handle, n))
 
 

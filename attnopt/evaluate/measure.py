@@ -1,189 +1,248 @@
-"""The measuring process: loads models through transformers and runs them. Imported by `python -m attnopt.evaluate`."""
+"""The measuring process: loads models through transformers and runs them. Imported by `python -m attnopt.evaluate`.
+
+One model is in memory at a time: first the original, then each converted model. See `recording` for how divergences are
+exact all the same.
+"""
 
 from __future__ import annotations
 
-import json
+import gc
 import math
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnopt.errors import AttnoptError, SourceError
-from attnopt.evaluate.job import Job, ModelSpec
+from attnopt.errors import AttnoptError
+from attnopt.evaluate.job import Job
+from attnopt.evaluate.loading import Loaded, check_context, device_of, directory_of, load, load_tokenizers
 from attnopt.evaluate.memory import peak_rss_bytes
-from attnopt.evaluate.report import WindowScores, compare
+from attnopt.evaluate.passkey import Prompt, prompts_of
+from attnopt.evaluate.recording import Original
+from attnopt.evaluate.report import WindowScores, by_position, compare, position_buckets, retrieval, task_scores
+from attnopt.evaluate.scores import PIECE, PositionScores, forward_pieces, score_answer, score_windows
 from attnopt.evaluate.serve import Progress
 from attnopt.evaluate.text import windows_of
 
 _BATCH_TOKENS = 1024  # a forward pass this long fills two to sixteen cores; more only costs memory
-_SLICE = 256  # positions whose distributions over the vocabulary are in memory in full at a time
 _PROBE = 12  # prompt tokens of the cache measurement
 _STEPS = 5  # tokens generated in it
 
 
-@dataclass
-class Loaded:
-    """A model in memory.
+@dataclass(frozen=True)
+class Passage:
+    """A text as it goes through the models.
 
     Attributes:
-        spec: where it came from.
-        directory: the Hugging Face directory it was loaded from.
-        model: the module, in eval mode.
-        load_seconds: time that took.
-        run_seconds, run_tokens: spent on windows so far.
+        key: a name of its own.
+        file: where it came from.
+        windows: its tokens, all windows of one length.
+        spans: the parts of a window that are told apart, (first token, token after the last).
+        piece: tokens that go through at a time; None for whole windows.
     """
 
-    spec: ModelSpec
-    directory: Path
-    model: Any
-    load_seconds: float
-    run_seconds: float = 0.0
-    run_tokens: int = 0
+    key: str
+    file: str
+    windows: list[list[int]]
+    spans: tuple[tuple[int, int], ...]
+    piece: int | None
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window."""
+        return len(self.windows[0])
+
+    def batches(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """(a key, [B, W] tokens) of windows that go through together."""
+        size = max(1, _BATCH_TOKENS // self.window)
+        for start in range(0, len(self.windows), size):
+            yield f"{self.key}-{start}", torch.tensor(self.windows[start : start + size], device=device)
 
 
-def directory_of(path: str) -> Path:
-    """The Hugging Face directory behind a path (a GGUF file is imported first)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from attnopt.rewriter.source import open_source
+@dataclass
+class Outcome:
+    """What was measured on one model.
 
-    return open_source(path).path
-
-
-def load(spec: ModelSpec, dtype: torch.dtype, device: str) -> Loaded:
-    """Load a model as any user of transformers would, and refuse one whose tensors are not exactly those it declares.
-
-    Raises:
-        SourceError: tensors are missing, left over, or of a wrong shape.
+    Attributes:
+        about: the model itself, as `_describe` says it.
+        scores: per passage, one entry per span.
+        cache_bytes: size of one sequence's cache after a long window, by passage.
+        answers: of every passkey prompt, (right, negative log-likelihood).
+        tasks: rows of the lm-eval harness.
+        logits: of the job's sequences, if it asks for them.
     """
-    began = time.perf_counter()
-    directory = directory_of(spec.path)
-    if _model_type(directory) == "attnopt" and not spec.trust_remote_code:
-        import attnopt.codegen.hf  # noqa: F401 (registers the class)
-    options = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(sorted(map(str, info[kind]))[:5])
-            what = f"{directory}: {kind.replace('_', ' ')}: {names}"
-            raise SourceError(what, "the directory is damaged; write it again")
-    return Loaded(spec, directory, model.eval().to(device), time.perf_counter() - began)
 
-
-def _model_type(directory: Path) -> str:
-    try:
-        return str(json.loads((directory / "config.json").read_text())["model_type"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{directory} has no readable config.json", "give a model directory") from error
+    about: dict[str, Any]
+    scores: dict[str, list[WindowScores]] = field(default_factory=dict)
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    answers: list[tuple[bool, float]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    logits: torch.Tensor | None = None
 
 
 @torch.inference_mode()
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     """Carry out a job. `progress(what, amount)` is called with the tokens done."""
     began = time.perf_counter()
-    models = [load(spec, getattr(torch, job.dtype), job.device) for spec in job.models]
-    tokenizers = _tokenizers(job, models)
-    texts = [_measure_text(job, index, models, tokenizers, progress) for index in range(len(job.texts))]
-    report = {
-        "schema": "attnopt.evaluate/1",
-        "models": [_describe(job, loaded, tokenizers) for loaded in models],
-        "texts": texts,
-        "dtype": job.dtype,
-        "device": job.device,
-        "threads": torch.get_num_threads(),
-    }
+    device = device_of(job.device)
+    # Everything that can be wrong is found before anything is measured.
+    directories = [directory_of(spec.path) for spec in job.models]
+    check_context(job, directories)
+    tokenizers = load_tokenizers(job, directories)
+    passages = list(_passages(job, tokenizers))
+    prompts = prompts_of(job.passkey, tokenizers[0]) if job.passkey is not None else []
+    harness = None
+    if job.harness is not None:
+        from attnopt.evaluate.harness import Harness
+
+        harness = Harness(job.harness)
+    for spec in job.models[1:]:
+        load(spec, getattr(torch, job.dtype), "cpu")  # a damaged directory
+    gc.collect()
+
+    outcomes: dict[str, Outcome] = {}
+    original: Original | None = None
+    with tempfile.TemporaryDirectory(prefix="attnopt-states-") as folder:
+        for index, spec in enumerate(job.models):
+            loaded = load(spec, getattr(torch, job.dtype), device)
+            first = None
+            if original is None:
+                needed = passages and len(job.models) > 1
+                probe = torch.tensor([passages[0].windows[0][:16]], device=device) if needed else None
+                first = original = Original(loaded.model, Path(folder), probe)
+            scores, cache_bytes = _measure_passages(passages, loaded, original, first, progress)
+            outcome = Outcome(_describe(job, loaded, tokenizers), scores, cache_bytes)
+            outcome.answers = [_ask(loaded, prompt, progress) for prompt in prompts]
+            if harness is not None:
+                outcome.tasks = harness.run(loaded.model, tokenizers[index])
+            if job.logits_file is not None:
+                ids = torch.tensor(job.logits_ids, device=device)
+                outcome.logits = loaded.model(input_ids=ids, use_cache=False).logits.float().cpu().contiguous()
+            outcomes[spec.name] = outcome
+            if first is not None:
+                first.let_go()
+            del loaded, first
+            gc.collect()
+    report = _report(job, passages, prompts, outcomes)
+    if harness is not None:
+        report["lm_eval_version"] = harness.version
     if job.logits_file is not None:
-        _write_logits(job, models)
-    return {**report, "seconds": time.perf_counter() - began, "peak_rss_bytes": peak_rss_bytes()}
+        from safetensors.torch import save_file
 
-
-def _tokenizers(job: Job, models: list[Loaded]) -> list[Any]:
-    """The models' tokenizers if the job needs text; they must agree, or the comparison would mean nothing."""
-    if not job.texts and job.prompt is None:
-        return []
-    try:
-        tokenizers = [
-            AutoTokenizer.from_pretrained(m.directory, trust_remote_code=m.spec.trust_remote_code) for m in models
-        ]
-    except Exception as error:  # tokenizers raise whatever their backend raises
-        raise SourceError(f"a tokenizer cannot be loaded: {error}", "copy the model's tokenizer files") from error
-    probe = "It costs 3.50, or 1,200 for 7 days.\n\tÄrger — naïve 漢字 🙂"
-    first = tokenizers[0](probe, add_special_tokens=False)["input_ids"]
-    for loaded, tokenizer in zip(models, tokenizers, strict=True):
-        if tokenizer(probe, add_special_tokens=False)["input_ids"] != first:
-            raise AttnoptError(
-                f"{loaded.spec.name} has another tokenizer than {models[0].spec.name}", "compare with its own original"
-            )
-    return tokenizers
-
-
-def _measure_text(
-    job: Job, index: int, models: list[Loaded], tokenizers: list[Any], progress: Progress
-) -> dict[str, Any]:
-    spec = job.texts[index]
-    windows = windows_of(spec, tokenizers[0], job.window, job.windows)
-    scores = [WindowScores() for _ in models]
-    for batch in _batches(windows, job):
-        reference = None
-        for loaded, score in zip(models, scores, strict=True):
-            started = time.perf_counter()
-            logits = loaded.model(input_ids=batch, use_cache=False).logits
-            loaded.run_seconds += time.perf_counter() - started
-            loaded.run_tokens += batch.numel()
-            reference = logits if reference is None else reference
-            score_windows(batch, reference, logits, score)
-            del logits
-            progress(spec.file, batch.numel())
-    names = [loaded.spec.name for loaded in models]
+        save_file({name: o.logits for name, o in outcomes.items() if o.logits is not None}, job.logits_file)
     return {
-        "file": spec.file,
-        "windows": len(windows),
-        "window": job.window,
-        "tokens": len(windows) * (job.window - 1),
-        "original": {"perplexity": math.exp(sum(scores[0].nll) / len(windows)), "nll": scores[0].nll},
-        "converted": {n: compare(scores[0], s) for n, s in zip(names[1:], scores[1:], strict=True)},
+        **report,
+        "dtype": job.dtype,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - began,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
-def _batches(windows: list[list[int]], job: Job) -> Iterator[torch.Tensor]:
-    size = max(1, _BATCH_TOKENS // job.window)
-    for start in range(0, len(windows), size):
-        yield torch.tensor(windows[start : start + size], device=job.device)
+def _passages(job: Job, tokenizers: list[Any]) -> Iterator[Passage]:
+    for index, spec in enumerate(job.texts):
+        windows = windows_of(spec, tokenizers[0], job.window, job.windows)
+        yield Passage(f"text-{index}", spec.file, windows, ((0, job.window),), None)
+    for index, spec in enumerate(job.texts if job.long_context is not None else ()):
+        assert job.long_context is not None
+        windows = windows_of(spec, tokenizers[0], job.long_context, job.long_windows, "--long-context")
+        yield Passage(f"long-{index}", spec.file, windows, position_buckets(job.long_context), PIECE)
 
 
-def score_windows(ids: torch.Tensor, reference: torch.Tensor, logits: torch.Tensor, scores: WindowScores) -> None:
-    """Add loss, divergence and agreement of a batch of windows to `scores`.
-
-    Args:
-        ids: [B, W] tokens.
-        reference, logits: [B, W, vocabulary] of the original and of the model; position t predicts token t + 1.
-    """
-    batch, predictions = ids.shape[0], ids.shape[1] - 1
-    nll = torch.empty(batch, predictions, dtype=torch.float64)
-    kl, agree = torch.zeros_like(nll), torch.ones_like(nll)
-    for start in range(0, predictions, _SLICE):
-        part = slice(start, min(start + _SLICE, predictions))
-        target = ids[:, part.start + 1 : part.stop + 1, None]
-        log_q = logits[:, part].float().log_softmax(-1)
-        nll[:, part] = -log_q.gather(-1, target).squeeze(-1).double().cpu()
-        if reference is not logits:
-            log_p = reference[:, part].float().log_softmax(-1)
-            agree[:, part] = (log_p.argmax(-1) == log_q.argmax(-1)).double().cpu()
-            kl[:, part] = (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu()
-    scores.nll += nll.mean(1).tolist()
-    scores.kl += [[_mean(q) for q in row.tensor_split(4)] for row in kl]
-    scores.agree += [[_mean(q) for q in row.tensor_split(4)] for row in agree]
+def _measure_passages(
+    passages: list[Passage], loaded: Loaded, original: Original, first: Original | None, progress: Progress
+) -> tuple[dict[str, list[WindowScores]], dict[str, int]]:
+    """Scores and cache sizes by passage; `first` is the original while it is the model that is measured."""
+    scores: dict[str, list[WindowScores]] = {}
+    cache_bytes: dict[str, int] = {}
+    for passage in passages:
+        measured = []
+        for key, ids in passage.batches(loaded.model.device):
+            outputs = (
+                (first.run(key, ids, passage.piece)) if first else forward_pieces(loaded.model, ids, passage.piece)
+            )
+            reference = None if first else original.logits(key, ids, passage.piece)
+            measured.append(score_windows(ids, _watch(outputs, passage, loaded, cache_bytes, progress), reference))
+        joined = PositionScores.join(measured)
+        scores[passage.key] = [joined.windows(start, stop) for start, stop in passage.spans]
+    return scores, cache_bytes
 
 
-def _mean(values: torch.Tensor) -> float:
-    return float(values.mean()) if values.numel() else 0.0
+def _watch(
+    outputs: Iterator[Any], passage: Passage, loaded: Loaded, cache_bytes: dict[str, int], progress: Progress
+) -> Iterator[torch.Tensor]:
+    """The logits of what a model returns; on the way, time, progress and the size of the cache."""
+    while True:
+        started = time.perf_counter()
+        out = next(outputs, None)
+        loaded.run_seconds += time.perf_counter() - started
+        if out is None:
+            return
+        tokens = out.logits.shape[0] * out.logits.shape[1]
+        loaded.run_tokens += tokens
+        if passage.piece is not None:
+            cache_bytes[passage.key] = count_cache_bytes(out.past_key_values) // out.logits.shape[0]
+        progress(passage.file, tokens)
+        yield out.logits
+
+
+def _ask(loaded: Loaded, prompt: Prompt, progress: Progress) -> tuple[bool, float]:
+    device = loaded.model.device
+    ids, answer = torch.tensor(prompt.ids, device=device), torch.tensor(prompt.answer, device=device)
+    found = score_answer(loaded.model, ids, answer)
+    progress("passkey", prompt.length)
+    return found
+
+
+def _report(job: Job, passages: list[Passage], prompts: list[Prompt], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """The numbers of all models put together, the first one beside each of the others."""
+    names = [model.name for model in job.models]
+    first, others = outcomes[names[0]], names[1:]
+    texts, long = [], []
+    for passage in passages:
+        common = {"file": passage.file, "windows": len(passage.windows), "window": passage.window}
+        before = first.scores[passage.key]
+        if passage.piece is None:
+            (whole,) = before
+            texts.append(
+                {
+                    **common,
+                    "tokens": len(passage.windows) * (passage.window - 1),
+                    "original": {"perplexity": math.exp(sum(whole.nll) / len(whole.nll)), "nll": whole.nll},
+                    "converted": {n: compare(whole, outcomes[n].scores[passage.key][0]) for n in others},
+                }
+            )
+            continue
+        compared = {
+            n: {
+                "buckets": by_position(passage.spans, before, outcomes[n].scores[passage.key]),
+                "cache_bytes": {
+                    "original": first.cache_bytes[passage.key],
+                    "converted": outcomes[n].cache_bytes[passage.key],
+                },
+            }
+            for n in others
+        }
+        long.append({**common, "converted": compared})
+    report: dict[str, Any] = {
+        "schema": "attnopt.evaluate/1",
+        "models": [outcomes[name].about for name in names],
+        "texts": texts,
+    }
+    if long:
+        report["long_context"] = long
+    if job.passkey is not None:
+        cells = [(prompt.length, prompt.depth) for prompt in prompts]
+        report["passkey"] = {n: retrieval(job.passkey, cells, first.answers, outcomes[n].answers) for n in others}
+    if job.harness is not None:
+        report["tasks"] = {n: task_scores(first.tasks, outcomes[n].tasks) for n in others}
+    return report
 
 
 def _describe(job: Job, loaded: Loaded, tokenizers: list[Any]) -> dict[str, Any]:
@@ -197,6 +256,7 @@ def _describe(job: Job, loaded: Loaded, tokenizers: list[Any]) -> dict[str, Any]
         "runtime": f"transformers {transformers.__version__}" + ("" if stock else ", model code from outside it"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "cached_numbers_per_token": cached,
+        "cache_bytes_per_token": cached * getattr(torch, job.dtype).itemsize,
         "decode_error": error,
         "load_seconds": loaded.load_seconds,
         "tokens_per_second": loaded.run_tokens / loaded.run_seconds if loaded.run_seconds else None,
@@ -254,6 +314,13 @@ def count_cached_numbers(cache: Any, batch: int) -> int:
     return total
 
 
+def count_cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values that a transformers cache holds, all layers and sequences together."""
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    kept = [tensor for tensor in found if tensor is not None]  # a layer that reads another's has none
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
 def continue_text(job: Job, model: Any, tokenizer: Any) -> str:
     """The greedy continuation of the job's prompt."""
     if job.chat and tokenizer.chat_template:
@@ -267,11 +334,3 @@ def continue_text(job: Job, model: Any, tokenizer: Any) -> str:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     out = model.generate(ids, attention_mask=mask, max_new_tokens=job.sample_tokens, do_sample=False, pad_token_id=pad)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def _write_logits(job: Job, models: list[Loaded]) -> None:
-    from safetensors.torch import save_file
-
-    ids = torch.tensor(job.logits_ids, device=job.device)
-    logits = {m.spec.name: m.model(input_ids=ids, use_cache=False).logits.float().cpu().contiguous() for m in models}
-    save_file(logits, str(job.logits_file))

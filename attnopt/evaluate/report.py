@@ -1,11 +1,14 @@
-"""From per-window numbers to what is reported: pooled perplexity, spread, paired differences, gates. No torch."""
+"""From per-window numbers to what is compared: pooled perplexity, spread, paired differences, retrieval. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+
+from attnopt.evaluate.job import PasskeySpec
 
 
 @dataclass
@@ -63,42 +66,82 @@ def compare(original: WindowScores, converted: WindowScores) -> dict[str, Any]:
     }
 
 
-def apply_gate(texts: Sequence[Mapping[str, Any]], gate: float | None) -> dict[str, Any] | None:
-    """Judge the worst perplexity ratio of all texts; None if no gate was asked for."""
-    if gate is None:
-        return None
-    worst = max((text["perplexity"]["ratio"] for text in texts), default=math.inf)
-    return {"ratio": gate, "worst": worst, "passed": bool(worst <= gate)}
+def position_buckets(length: int) -> tuple[tuple[int, int], ...]:
+    """Parts of a long window, (first token, token after the last), each as long as all before it together.
+
+    The first has 512 tokens, or a quarter of a short window: 0-512, 512-1024, 1024-2048, 2048-4096 and so on.
+    """
+    edges = [0, min(512, max(2, length // 4))]
+    while edges[-1] < length:
+        edges.append(min(2 * edges[-1], length))
+    return tuple(pairwise(edges))
 
 
-def verify_report(report: Mapping[str, Any], gate: float | None = None) -> dict[str, Any]:
-    """The `verify` document of the command line from a measuring process's report on two models.
+def by_position(
+    buckets: Sequence[tuple[int, int]], original: Sequence[WindowScores], converted: Sequence[WindowScores]
+) -> list[dict[str, Any]]:
+    """Loss by position of the predicted token: one entry of `compare` per bucket, without the windows' own numbers."""
+    told = []
+    for (start, stop), before, after in zip(buckets, original, converted, strict=True):
+        compared = compare(before, after)
+        kept = ("perplexity", "ln_ratio", "kl", "top1_agreement", "standard_error")
+        tokens = len(before.nll) * (stop - max(start, 1))
+        told.append({"from": start, "to": stop, "tokens": tokens, **{key: compared[key] for key in kept}})
+    return told
+
+
+def retrieval(
+    spec: PasskeySpec,
+    cells: Sequence[tuple[int, float]],
+    original: Sequence[tuple[bool, float]],
+    converted: Sequence[tuple[bool, float]],
+) -> dict[str, Any]:
+    """Passkey retrieval of two models.
 
     Args:
-        report: result of `evaluate` on a job whose models are the original and the converted one.
-        gate: largest perplexity ratio allowed, or None.
+        spec: the test.
+        cells: length and depth of every prompt.
+        original, converted: of every prompt, whether the answer was right, and its tokens' mean loss in nats.
+
+    Returns:
+        `cells` (per length and depth) and `lengths` (all depths together): `accuracy` and `nll` of both models.
     """
-    original, converted = report["models"]
-    texts = [
-        {key: text[key] for key in ("file", "windows", "window", "tokens")} | text["converted"][converted["name"]]
-        for text in report["texts"]
-    ]
-    cached = {"original": original["cached_numbers_per_token"], "converted": converted["cached_numbers_per_token"]}
-    document = {
-        "schema": "attnopt.verify/1",
-        "reloaded_as": converted["reloaded_as"],
-        "runtime": converted["runtime"],
-        "texts": texts,
-        "cached_numbers_per_token": cached,
-        "decode_error": {"original": original["decode_error"], "converted": converted["decode_error"]},
-        "parameters": {"original": original["parameters"], "converted": converted["parameters"]},
-        "samples": {"original": original["sample"], "converted": converted["sample"]},
-        "tokens_per_second": {
-            "original": original["tokens_per_second"],
-            "converted": converted["tokens_per_second"],
-        },
-        "seconds": report["seconds"],
-        "peak_rss_bytes": report["peak_rss_bytes"],
+    right = {"original": [float(a) for a, _ in original], "converted": [float(a) for a, _ in converted]}
+    loss = {"original": [b for _, b in original], "converted": [b for _, b in converted]}
+
+    def average(chosen: Sequence[int]) -> dict[str, Any]:
+        return {
+            "prompts": len(chosen),
+            "accuracy": {name: mean([values[i] for i in chosen]) for name, values in right.items()},
+            "nll": {name: mean([values[i] for i in chosen]) for name, values in loss.items()},
+        }
+
+    def where(length: int, depth: float | None = None) -> list[int]:
+        return [i for i, (n, d) in enumerate(cells) if n == length and depth in (None, d)]
+
+    return {
+        "digits": spec.digits,
+        "trials": spec.trials,
+        "seed": spec.seed,
+        "lengths": [{"length": n, **average(where(n))} for n in spec.lengths],
+        "cells": [{"length": n, "depth": d, **average(where(n, d))} for n in spec.lengths for d in spec.depths],
     }
-    judged = apply_gate(texts, gate)
-    return document if judged is None else {**document, "gate": judged}
+
+
+def task_scores(original: Sequence[Mapping[str, Any]], converted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the lm-eval harness, both models in one; `difference` is converted - original."""
+    names = ("task", "metric", "filter")
+    found = {tuple(row[name] for name in names): row for row in converted}
+    rows = []
+    for before in original:
+        after = found[tuple(before[name] for name in names)]
+        rows.append(
+            {
+                **{name: before[name] for name in (*names, "examples", "higher_is_better")},
+                "original": before["value"],
+                "converted": after["value"],
+                "difference": after["value"] - before["value"],
+                "standard_error": {"original": before["standard_error"], "converted": after["standard_error"]},
+            }
+        )
+    return rows

@@ -59,8 +59,12 @@ def _line_end(text: str, fraction: float) -> int:
     return len(text) if found < 0 else found + 1
 
 
-def windows_of(spec: TextSpec, tokenizer: Any, window: int, windows: int | None) -> list[list[int]]:
+def windows_of(
+    spec: TextSpec, tokenizer: Any, window: int, windows: int | None, option: str = "--window"
+) -> list[list[int]]:
     """The first disjoint windows of a text tokenised whole, without special tokens.
+
+    `option` is what the window's length was given with.
 
     Raises:
         AttnoptError: the text is shorter than one window.
@@ -68,7 +72,7 @@ def windows_of(spec: TextSpec, tokenizer: Any, window: int, windows: int | None)
     ids = tokenizer(read_text(spec), add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // window
     if count == 0:
-        hint = f"give a longer text or --window {max(2, len(ids))} or less"
+        hint = f"give a longer text or {option} {max(2, len(ids))} or less"
         raise AttnoptError(f"{spec.file} has {len(ids)} tokens, less than one window of {window}", hint)
     count = min(count, windows) if windows is not None else count
     return [ids[i * window : (i + 1) * window] for i in range(count)]

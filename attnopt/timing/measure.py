@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from attnopt.errors import AttnoptError
-from attnopt.evaluate.measure import Loaded, count_cached_numbers, load
+from attnopt.evaluate.loading import Loaded, load
+from attnopt.evaluate.measure import count_cached_numbers
 from attnopt.evaluate.memory import peak_rss_bytes
 from attnopt.evaluate.serve import Progress
 from attnopt.timing.job import BenchJob

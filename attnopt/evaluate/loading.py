@@ -1,0 +1,127 @@
+"""Models and tokenizers as any user of transformers would load them, and what is refused. In the measuring process."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from attnopt.errors import AttnoptError, OptionError, SourceError
+from attnopt.evaluate.job import Job, ModelSpec
+
+
+@dataclass
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        spec: where it came from.
+        directory: the Hugging Face directory it was loaded from.
+        model: the module, in eval mode.
+        load_seconds: time that took.
+        run_seconds, run_tokens: spent on windows so far.
+    """
+
+    spec: ModelSpec
+    directory: Path
+    model: Any
+    load_seconds: float
+    run_seconds: float = 0.0
+    run_tokens: int = 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the processor.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"there is no device {name!r} here", "use auto, cpu, cuda or cuda:N") from error
+    return torch.device(name)
+
+
+def directory_of(path: str) -> Path:
+    """The Hugging Face directory behind a path (a GGUF file is imported first)."""
+    if Path(path).is_dir():
+        return Path(path)
+    from attnopt.rewriter.source import open_source
+
+    return open_source(path).path
+
+
+def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loaded:
+    """Load a model as any user of transformers would, and refuse one whose tensors are not exactly those it declares.
+
+    Raises:
+        SourceError: tensors are missing, left over, or of a wrong shape.
+    """
+    began = time.perf_counter()
+    directory = directory_of(spec.path)
+    _check_config(directory, spec)
+    options = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(map(str, info[kind]))[:5])
+            what = f"{directory}: {kind.replace('_', ' ')}: {names}"
+            raise SourceError(what, "the directory is damaged; write it again")
+    return Loaded(spec, directory, model.eval().to(device), time.perf_counter() - began)
+
+
+def _check_config(directory: Path, spec: ModelSpec) -> None:
+    """Refuse a directory without a config, and make sure that transformers knows our class if it is needed."""
+    try:
+        kind = str(json.loads((directory / "config.json").read_text())["model_type"])
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{directory} has no readable config.json", "give a model directory") from error
+    if kind == "attnopt" and not spec.trust_remote_code:
+        import attnopt.codegen.hf  # noqa: F401 (registers the class)
+
+
+def check_context(job: Job, directories: list[Path]) -> None:
+    """Refuse sequences longer than a model promises to read."""
+    for spec, directory in zip(job.models, directories, strict=True):
+        _check_config(directory, spec)
+        if not job.longest:
+            continue
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        ).get_text_config()
+        promised = getattr(config, "max_position_embeddings", None)
+        if promised is not None and job.longest > promised:
+            raise OptionError(
+                f"{spec.name} promises a context of {promised} tokens, {job.longest} were asked for",
+                f"use at most {promised} with --long-context and --passkey",
+            )
+
+
+def load_tokenizers(job: Job, directories: list[Path]) -> list[Any]:
+    """The models' tokenizers if the job needs text; they must agree, or the comparison would mean nothing."""
+    if not job.texts and job.prompt is None and job.passkey is None and job.harness is None:
+        return []
+    try:
+        tokenizers = [
+            AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
+            for spec, directory in zip(job.models, directories, strict=True)
+        ]
+    except Exception as error:  # tokenizers raise whatever their backend raises
+        raise SourceError(f"a tokenizer cannot be loaded: {error}", "copy the model's tokenizer files") from error
+    probe = "It costs 3.50, or 1,200 for 7 days.\n\tÄrger — naïve 漢字 🙂"
+    first = tokenizers[0](probe, add_special_tokens=False)["input_ids"]
+    for spec, tokenizer in zip(job.models, tokenizers, strict=True):
+        if tokenizer(probe, add_special_tokens=False)["input_ids"] != first:
+            raise AttnoptError(
+                f"{spec.name} has another tokenizer than {job.models[0].name}", "compare with its own original"
+            )
+    return tokenizers
