@@ -12,8 +12,28 @@ from typing import Annotated, Any
 import typer
 
 import attnopt
+from attnopt import cli_measure as measure
 from attnopt import cli_options as options
-from attnopt import cli_verify as judge
+from attnopt.cli_common import (
+    Budget,
+    Calib,
+    CalibTokens,
+    CheckEach,
+    Context,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    Quiet,
+    Resume,
+    Seed,
+    Trust,
+    Verbose,
+    example,
+)
 from attnopt.demo import CALIB_TOKENS
 from attnopt.session import INTERRUPTED, Session, report_failure
 
@@ -26,44 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hugging Face model directory, a .gguf file or a hub id")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result, warnings and errors")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show the libraries' warnings, and tracebacks")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that the model directory brings")]
-
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="directory to write")]
-Calib = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calib",
-        metavar="self|FILE",
-        help="text to calibrate on (image models: pictures), may be repeated; 'self' lets the model write it",
-        show_default="self",
-    ),
-]
-CalibTokens = Annotated[int, typer.Option("--calib-tokens", help="how much calibration text, in tokens")]
-Context = Annotated[int, typer.Option("--context", help="length of a calibration window")]
-Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda[:N]")]
-Dtype = Annotated[
-    str,
-    typer.Option("--dtype", help="type of the written weights: auto (the source's), float32, bfloat16, ..."),
-]
-Budget = Annotated[
-    float | None,
-    typer.Option("--memory-budget", metavar="GB", help="refuse what would need more memory"),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
-CheckEach = Annotated[bool, typer.Option("--check-each", help="compare the logits before and after every pass")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, without reading weights")]
-
-
-def _example(*lines: str) -> str:
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _version(value: bool) -> None:
@@ -81,7 +63,7 @@ def root(
     """A compiler for attention: finds, measures and rewrites the attention layers of a trained model."""
 
 
-@app.command(epilog=_example("attnopt inspect ./SmolLM2-135M", "attnopt inspect model.gguf --json"))
+@app.command(epilog=example("attnopt inspect ./SmolLM2-135M", "attnopt inspect model.gguf --json"))
 def inspect(
     model: Model, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, trust_remote_code: Trust = False
 ) -> int:
@@ -92,45 +74,16 @@ def inspect(
         return session.show(api.inspect(model, trust_remote_code=trust_remote_code, reporter=session.reporter))
 
 
-@app.command(
-    epilog=_example(
+app.command(
+    epilog=example(
         "attnopt profile ./SmolLM2-135M -o ./SmolLM2-135M-profile --calib words.txt",
         "attnopt profile ./vit -o ./vit-profile --calib ./pictures",
     )
-)
-def profile(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="directory to write")],
-    calib: Calib = None,
-    calib_tokens: CalibTokens = 16384,
-    context: Context = 1024,
-    seed: Seed = 0,
-    gradients: Annotated[bool, typer.Option(help="also measure what needs a backward pass")] = True,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> int:
-    """Measure every head and every pair of layers. Writes profile.json, profile.safetensors and report.html."""
-    with Session(json=json, quiet=quiet, verbose=verbose, tokens=calib_tokens) as session:
-        from attnopt import api
-
-        result = api.profile(
-            model,
-            output,
-            calibration=api.CalibrationOptions.parse(calib, calib_tokens, context, seed),
-            options=api.ProfileOptions(
-                gradients=gradients, device=device, overwrite=overwrite, trust_remote_code=trust_remote_code
-            ),
-            reporter=session.reporter,
-        )
-        return session.show(result)
+)(measure.profile)
 
 
 @app.command(
-    epilog=_example(
+    epilog=example(
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 -o ./SmolLM2-135M-mla",
         "attnopt convert ./SmolLM2-135M --to mla --kv-keep 0.5 --dry-run",
         "attnopt convert ./SmolLM2-135M --to prune --keep-heads 0.67 --dry-run --measure --json > plan.json",
@@ -239,7 +192,7 @@ def convert(
         return session.show(result)
 
 
-@app.command(epilog=_example('attnopt run ./SmolLM2-135M -p "to-mla{kv-keep=0.5}" -o ./SmolLM2-135M-mla'))
+@app.command(epilog=example('attnopt run ./SmolLM2-135M -p "to-mla{kv-keep=0.5}" -o ./SmolLM2-135M-mla'))
 def run(
     model: Model,
     pipeline: Annotated[
@@ -295,153 +248,28 @@ def run(
         return session.show(result)
 
 
-@app.command(
-    epilog=_example(
+app.command(
+    epilog=example(
         "attnopt verify ./SmolLM2-135M-mla",
         "attnopt verify OUT --text wiki.txt --text code.txt --gate 1.1",
         "attnopt verify OUT --long-context 8192 --passkey 512,2048 --gate 1.1 --passkey-gate 0.9",
         "attnopt verify OUT --lm-eval arc_easy,hellaswag --lm-eval-limit 200",
     )
-)
-def verify(
-    output: Annotated[str, typer.Argument(metavar="OUT", help="a directory that attnopt wrote")],
-    against: judge.Against = None,
-    text: judge.Text = None,
-    window: judge.Window = 1024,
-    windows: judge.Windows = 16,
-    wikitext: judge.Wikitext = False,
-    long_context: judge.LongContext = None,
-    long_windows: judge.LongWindows = 4,
-    passkey: judge.Passkey = None,
-    passkey_trials: judge.PasskeyTrials = 4,
-    lm_eval: judge.LmEval = None,
-    lm_eval_limit: judge.LmEvalLimit = None,
-    lm_eval_folder: judge.LmEvalFolder = None,
-    gate: judge.Gate = None,
-    passkey_gate: judge.PasskeyGate = None,
-    seed: judge.Seed = 0,
-    device: Device = "auto",
-    dtype: judge.Dtype = "float32",
-    trust_remote_code: Trust = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> int:
-    """Compare a written model with its original. It is reloaded in a fresh process and judged on held-out text."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from attnopt import api
-
-        result = api.verify(
-            output,
-            against=against,
-            texts=text or [],
-            window=window,
-            windows=windows,
-            wikitext=wikitext,
-            long_context=long_context,
-            long_windows=long_windows,
-            passkey=api.numbers(passkey, "--passkey") if passkey is not None else (),
-            passkey_trials=passkey_trials,
-            lm_eval=lm_eval.split(",") if lm_eval is not None else (),
-            lm_eval_limit=lm_eval_limit,
-            lm_eval_folder=lm_eval_folder,
-            gate=gate,
-            passkey_gate=passkey_gate,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            reporter=session.reporter,
-        )
-        return session.show(result)
+)(measure.verify)
 
 
-@app.command(epilog=_example("attnopt bench ./SmolLM2-135M-mla --context 1024,4096,16384 --batch 1,8"))
-def bench(
-    model: Model,
-    against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="the original; by default where MODEL was made from, if there")
-    ] = None,
-    context: Annotated[str, typer.Option(metavar="N,N,...", help="prompt lengths, in tokens")] = "1024,4096",
-    batch: Annotated[str, typer.Option(metavar="N,N,...", help="sequences at once")] = "1",
-    steps: Annotated[int, typer.Option(help="tokens decoded behind every prompt")] = 16,
-    runs: Annotated[int, typer.Option(help="times that every prompt is read")] = 3,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="type to compute in: auto (the weights'), float32, ...")
-    ] = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> int:
-    """Time prefill and decoding, and count cache and memory, of a model and its original in turn."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from attnopt import api
-
-        return session.show(
-            api.bench(
-                model,
-                against=against,
-                contexts=api.numbers(context, "--context"),
-                batches=api.numbers(batch, "--batch"),
-                steps=steps,
-                runs=runs,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                reporter=session.reporter,
-            )
-        )
+app.command(epilog=example("attnopt bench ./SmolLM2-135M-mla --context 1024,4096,16384 --batch 1,8"))(measure.bench)
 
 
-@app.command(
-    epilog=_example(
+app.command(
+    epilog=example(
         "attnopt export ./SmolLM2-135M-mla --format onnx -o ./SmolLM2-135M-mla-onnx",
         "attnopt export ./SmolLM2-135M-mla --format triton --target sm_90 -o ./SmolLM2-135M-mla-triton",
     )
-)
-def export(
-    model: Model,
-    format: Annotated[options.Format, typer.Option("--format", help="what to write")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write")],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            metavar="cpu|sm_80|sm_89|sm_90|sm_100|gfx942",
-            help="machine to write it for; cpu for onnx and sm_90 for triton by default",
-        ),
-    ] = None,
-    attention: Annotated[
-        options.Attention,
-        typer.Option("--attention", help="in ONNX: matrix products, the Attention operator, or what suits the target"),
-    ] = options.Attention.auto,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="in Triton: type of weights and cache: auto (the source's), bfloat16, ...")
-    ] = "auto",
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> int:
-    """Lower a model for a runtime and a machine. What was written is checked from the saved files."""
-    with Session(json=json, quiet=quiet, verbose=verbose) as session:
-        from attnopt import api
-
-        how = api.ExportOptions(
-            format=format.value,
-            target=target,
-            attention=attention.value,
-            dtype=dtype,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-        )
-        return session.show(api.export(model, output, how, reporter=session.reporter))
+)(measure.export)
 
 
-@app.command(epilog=_example("attnopt passes"))
+@app.command(epilog=example("attnopt passes"))
 def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> int:
     """List passes and methods, with their options."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
@@ -450,7 +278,7 @@ def passes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
         return session.show(api.list_passes())
 
 
-@app.command(epilog=_example("attnopt demo", "attnopt demo --kv-keep 0.75 -o ./demo --overwrite"))
+@app.command(epilog=example("attnopt demo", "attnopt demo --kv-keep 0.75 -o ./demo --overwrite"))
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="directory to write; the demo's own is replaced")

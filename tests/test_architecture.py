@@ -36,7 +36,10 @@ MAY_IMPORT = {
 VERBS = {
     "attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.exporting", "attnopt.demo",
 }  # fmt: skip
-DOOR = {"attnopt.cli", "attnopt.cli_options", "attnopt.cli_verify", "attnopt.session", "attnopt.__main__"}
+DOOR = {
+    "attnopt.cli", "attnopt.cli_common", "attnopt.cli_measure", "attnopt.cli_options", "attnopt.cli_verify",
+    "attnopt.session", "attnopt.__main__",
+}  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
