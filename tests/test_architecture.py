@@ -34,7 +34,14 @@ MAY_IMPORT = {
 }
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
 VERBS = {"attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.demo"}
-DOOR = {"attnopt.cli", "attnopt.cli_options", "attnopt.cli_verify", "attnopt.session", "attnopt.__main__"}
+DOOR = {
+    "attnopt.cli",
+    "attnopt.cli_options",
+    "attnopt.cli_types",
+    "attnopt.cli_verify",
+    "attnopt.session",
+    "attnopt.__main__",
+}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
