@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -167,11 +166,13 @@ def peak_bytes(kind: str, path: str, context: int, threads: int) -> int:
 
 def child(kind: str, path: str, context: int, threads: int) -> None:
     """The process that `peak_bytes` starts."""
+    from attnopt.evaluate.memory import peak_rss_bytes
+
     runner = open_runner(kind, path, threads)
     runner.fill(context)
     for _ in range(3):
         runner.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_rss_bytes())
 
 
 def measure(models: dict[str, tuple[str, str]], contexts: list[int], steps: int, threads: int) -> list[dict[str, Any]]:

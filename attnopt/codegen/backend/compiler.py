@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -17,6 +18,19 @@ from attnopt.errors import UnsupportedError
 
 log = logging.getLogger("attnopt.backend")
 
+#: What computes and reshapes queries and keys in stock models, without effects.
+_PURE = frozenset(
+    {
+        "reshape",
+        "contiguous",
+        "expand",
+        "view",
+        "transpose",
+        operator.getitem,
+        torch.reshape,
+        torch.nn.functional.linear,
+    }
+)
 #: Queries up to which a call counts as decoding.
 DECODE_TOKENS = 4
 
@@ -52,7 +66,6 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
             log.info("attention call %s: %s (%s)", record["layer"], record["form"], record["reason"])
     if options.report is not None:
         options.report(sorted(report, key=lambda r: r["layer"]))
-    gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return _hand_on(gm, example_inputs, options)
@@ -86,8 +99,20 @@ def _lower(
         return form, reason
     new.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(new)
-    graph.erase_node(call.node)
+    _erase(graph, call.node)
     return form, reason
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node, and what only it read, as far as these certainly have no effects.
+
+    `eliminate_dead_code` would go further: a Dynamo graph writes in place, and it takes some of that for dead.
+    """
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.target in _PURE:
+            _erase(graph, source)
 
 
 def _mapped(
