@@ -155,7 +155,7 @@ class TestDryRun:
 
 
 REFUSED = [
-    (["--to", "mlo"], "no method 'mlo'", "mla"),
+    (["--to", "mlaa"], "no method 'mlaa'", "mla"),
     (["--to", "mla", "--kv-keep", "1.5"], "cached numbers per token", "--kv-keep"),
     (["--to", "mla", "--kv-keep", "nan"], "kv-keep", "kv-keep"),
     (["--to", "mla", "--kv-lora-rank", "0"], "kv-lora-rank", "kv-lora-rank"),
@@ -362,10 +362,10 @@ class TestPasses:
         options = {option["name"]: option for option in to_mla["options"]}
         assert {"kv-keep", "kv-lora-rank", "qk-rope-head-dim", "recover"} <= set(options)
         assert all(option["help"] for option in options.values())
-        assert {method["name"] for method in document["methods"]} == {"mla"}
+        assert {method["name"] for method in document["methods"]} == {"mla", "share", "moh", "prune", "dimap"}
 
     def test_view(self, cli: Run) -> None:
         outcome = cli("passes")
         assert "--to mla" in outcome.out
         assert "kv-keep" in outcome.out
-        assert cli("passes", "-q").out == "to-mla\n"
+        assert {"to-mla", "share", "moh", "prune", "dimap"} <= set(cli("passes", "-q").out.split())

@@ -56,7 +56,7 @@ def test_help_is_quick() -> None:
 
 
 def test_verbs_are_those_of_this_version() -> None:
-    assert VERBS == ["inspect", "convert", "run", "verify", "passes", "demo"]
+    assert VERBS == ["inspect", "profile", "convert", "run", "verify", "bench", "export", "passes", "demo"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -79,7 +79,7 @@ def test_module_and_version() -> None:
     [
         (["convrt", "x"], "no such command 'convrt'. Did you mean 'convert'", "attnopt --help"),
         (["convert", "x", "--kv-kep", "1"], "--kv-keep", "attnopt convert --help"),
-        (["convert", "x"], "missing option '--to'", "attnopt convert --help"),
+        (["convert", "x"], "no method is given", "--to"),
         (["inspect"], "missing argument 'MODEL'", "attnopt inspect --help"),
         (["convert", "x", "--to", "mla", "--kv-keep", "half"], "--kv-keep", "attnopt convert --help"),
         (["convert", "x", "--to", "mla", "--recover", "magic"], "none.*refit", "attnopt convert --help"),

@@ -152,9 +152,25 @@ def program_of(model: PreTrainedModel, **options: object) -> Program:
     made = convert(model, **options)
     graph = fx.Graph()
     reads = [graph.create_node("get_attr", name) for name in made.weights]
+    sites = {}
+    for fqn, site in made.sites.items():
+        anchor = graph.create_node("get_attr", site.o.weight, name=f"attention_{site.layer}")
+        if site.latent is not None:
+            anchor.meta["attnopt"] = {"pass": "by hand", "site": fqn}
+        sites[fqn] = replace(site, nodes=SiteNodes("", anchor.name, ""))
     graph.output(tuple(reads))
     store = WeightStore({name: Inline(tensor) for name, tensor in made.weights.items()})
-    return Program(graph, store, made.sites, made.config, model.config.model_type, ("input_ids",), ("logits",))
+    return Program(graph, store, sites, made.config, model.config.model_type, ("input_ids",), ("logits",))
+
+
+def grafted(captured: Program, made: Program) -> Program:
+    """A captured program with the sites of `made`, whose attention nodes say that a pass has made them."""
+    copy = captured.clone()
+    sites = {fqn: replace(site, nodes=captured.sites[fqn].nodes) for fqn, site in made.sites.items()}
+    for fqn, site in sites.items():
+        if site.latent is not None:
+            copy.node(site.nodes.attention).meta["attnopt"] = {"pass": "by hand", "site": fqn}
+    return copy.replace(sites=sites)
 
 
 def _projections(fqn: str, own: dict, heads: int, groups: int, d: int) -> dict[str, tuple]:

@@ -25,7 +25,7 @@ from attnopt.rewriter.program import Program, copy_graph
 from attnopt.rewriter.source import open_source
 from attnopt.rewriter.weights import Derived
 from tests.codegen.loading import module_of, tokens
-from tests.codegen.lossless import Variation, program_of, tiny
+from tests.codegen.lossless import Variation, grafted, program_of, tiny
 
 
 class Source:
@@ -67,8 +67,8 @@ def test_choices_that_cannot_be() -> None:
     with pytest.raises(UnsupportedError, match="mixture-of-experts"):
         choose(program_of(tiny("mixtral")), "deepseek_v3")
     nothing = program_of(tiny("llama"), variations={i: Variation(skip=True) for i in (0, 1)})
-    with pytest.raises(UnsupportedError, match="no attention layer is mla"):
-        choose(nothing)
+    with pytest.raises(UnsupportedError, match="no attention layer was rewritten"):
+        choose(nothing, "attnopt")
 
 
 def test_what_can_never_be_written_is_refused_before_the_work() -> None:
@@ -212,7 +212,7 @@ def test_fused_and_transposed_projections_are_cut_out() -> None:
         assert torch.equal(evaluate(emission_module.weight_of(store, projection)), expected)
         assert torch.equal(evaluate(emission_module.bias_of(store, projection)), torch.cat([bias[2:4], bias[8:9]]))
     assert emission_module.bias_of(store, Projection("w", None, rows, 5)) is None
-    assert own_class.FILES == ("configuration_attnopt.py", "modeling_attnopt.py")
+    assert own_class.FILES == ("configuration_attnopt.py", "modeling_attnopt.py", "heads_attnopt.py")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
@@ -225,7 +225,7 @@ def test_a_captured_program_keeps_its_other_weights(model_type: str, tied: bool,
     captured = capture(open_source(tmp_path))
     made = program_of(source)
     weights = captured.weights.with_values({n: made.weights[n] for n in made.weight_names if ".self_attn." in n})
-    program = captured.replace(sites=made.sites, weights=weights)
+    program = grafted(captured, made).replace(weights=weights)
     ids = tokens(2, 9)
     expected = source(ids).logits
     for target in ("auto", "attnopt"):
@@ -240,12 +240,13 @@ def test_a_head_that_is_no_longer_tied_is_written(tmp_path: Path) -> None:
     captured = capture(open_source(tmp_path))
     made = program_of(source)
     values = {n: made.weights[n] for n in made.weight_names if ".self_attn." in n}
-    graph = copy_graph(captured.graph)
+    program = grafted(captured, made)
+    graph = copy_graph(program.graph)
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
         graph.create_node("get_attr", "model.embed_tokens.weight")
     values["model.embed_tokens.weight"] = Derived.of("scale", captured.weights["lm_head.weight"], factor=2.0)
-    program = captured.replace(graph=graph, sites=made.sites, weights=captured.weights.with_values(values))
+    program = program.replace(graph=graph, weights=captured.weights.with_values(values))
     for target in ("deepseek_v3", "attnopt"):
         emission, _ = choose(program, target)
         model = module_of(emission)

@@ -240,7 +240,7 @@ def test_config_refuses_other_semantics_architectures_and_counts() -> None:
     with pytest.raises(ValueError, match=r"unknown fields \['layer_gates'\]"):
         AttnoptConfig(text, config["layers"], tables, layer_gates=[1, 2])
     with pytest.raises(ValueError, match="latent_norm"):
-        AttnoptConfig(text, config["layers"], tables, {**SEMANTICS, "latent_norm": "rms"})
+        AttnoptConfig(text, config["layers"], tables, semantics={**SEMANTICS, "latent_norm": "rms"})
     with pytest.raises(ValueError, match="gpt2"):
         AttnoptConfig({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="1 layer records for 2 layers"):
@@ -255,12 +255,15 @@ def test_what_the_class_cannot_hold_is_refused() -> None:
         return program.replace(sites={**program.sites, site.fqn: replace(site, **changes)})
 
     assert own_class.can_emit(program) is None
+    untouched = {i: Variation(skip=True) for i in (0, 1)}
     cases = {
         "softcap": with_site(mask=replace(site.mask, softcap=30.0)),
         "window 7": with_site(mask=replace(site.mask, window=7)),
         "interleaved": with_site(rope=replace(site.rope, style="half")),
         "gpt2": program.replace(model_type="gpt2"),
-        "no attention layer is mla": program_of(tiny("llama"), variations={i: Variation(skip=True) for i in (0, 1)}),
+        "no attention layer was rewritten": program_of(
+            tiny("llama"), variations={i: Variation(skip=True) for i in (0, 1)}
+        ),
     }
     for reason, case in cases.items():
         refusal = own_class.can_emit(case)

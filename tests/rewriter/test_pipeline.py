@@ -106,8 +106,8 @@ def test_conditions_before_and_promises_after(program: Program) -> None:
 
 
 def test_plans_are_made_without_running_anything(program: Program) -> None:
-    ((text, plan),) = Pipeline.parse("norms,scale{factor=3}", REGISTRY).plan(program)
-    assert text == "scale{factor=3.0}"
+    ((item, plan),) = Pipeline.parse("norms,scale{factor=3}", REGISTRY).plan(program)
+    assert item.to_text() == "scale{factor=3.0}"
     assert [edit.site for edit in plan.edits] == [site.fqn for site in program.site_list]
     assert plan.edits[0].cached_numbers_per_token == (32, 32)
     assert plan.notes == ("0 profiles",)

@@ -13,7 +13,7 @@ from torch import fx
 
 from attnopt.errors import VerificationError
 from attnopt.rewriter.program import Program
-from attnopt.rewriter.site import AttentionSite, CacheEntry, CacheSpec
+from attnopt.rewriter.site import AttentionSite, CacheEntry, CacheSpec, RouteSpec, ShareSpec
 from attnopt.rewriter.verify import RULES, verify, violations
 from attnopt.rewriter.weights import Inline
 from tests import models
@@ -147,6 +147,14 @@ DAMAGE: list[tuple[str, str, Callable[[Program], Program]]] = [
     ("matrix", "llama", _projection("o", in_features=16)),
     ("bias", "qwen2", _reshape("model.layers.1.self_attn.q_proj.bias", 31)),
     ("rows", "llama", _projection("o", rows=((0, 20), (12, 24)))),
+    ("sharing", "llama", _site(share=ShareSpec("nowhere", "map"))),
+    ("sharing", "llama", _site(share=ShareSpec("model.layers.1.self_attn", "kv"))),
+    ("sharing", "llama", lambda p: _site(share=ShareSpec(p.site_list[0].fqn, "kv"), kv_heads=4)(p)),
+    ("route", "llama", _site(route=RouteSpec("qnorm", (0,), active=4))),
+    ("route", "llama", _site(route=RouteSpec("linear", (0,), active=2))),
+    ("route", "llama", _site(route=RouteSpec("qnorm", (1, 0), active=1))),
+    ("head ids", "llama", _site(head_ids=(0, 1, 1, 2))),
+    ("head ids", "llama", _site(head_ids=(0, 1, 2))),
 ]
 
 
