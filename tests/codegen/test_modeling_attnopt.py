@@ -255,7 +255,6 @@ def test_what_the_class_cannot_hold_is_refused() -> None:
         return program.replace(sites={**program.sites, site.fqn: replace(site, **changes)})
 
     assert own_class.can_emit(program) is None
-    untouched = {i: Variation(skip=True) for i in (0, 1)}
     cases = {
         "softcap": with_site(mask=replace(site.mask, softcap=30.0)),
         "window 7": with_site(mask=replace(site.mask, window=7)),
