@@ -137,13 +137,14 @@ def method_pipeline(method: str, options: Mapping[str, Any]) -> str:
 
     Args:
         method: its name, e.g. "mla".
-        options: of its pass, by their names in pipeline text; those that are None are left at their defaults.
+        options: of its pass, by their names in pipeline text; those that are None are left at their defaults. Besides,
+            "recover" may be "distill" (a refit, then the pass distill), and "recover-tokens" is how much that reads.
 
     Raises:
         OptionError: there is no such method, or an option is wrong.
     """
     from attnopt.passes.registry import REGISTRY
-    from attnopt.rewriter.options import parse
+    from attnopt.rewriter.options import option_specs, parse
 
     if method not in REGISTRY.methods:
         near = difflib.get_close_matches(method, list(REGISTRY.methods), n=1, cutoff=0.4)
@@ -153,10 +154,24 @@ def method_pipeline(method: str, options: Mapping[str, Any]) -> str:
         )
     items = parse(REGISTRY.methods[method][0])
     given = {name: value for name, value in options.items() if value is not None}
+    recover, tokens = given.pop("recover", None), given.pop("recover-tokens", None)
+    if tokens is not None and recover != "distill":
+        raise OptionError(
+            "--recover-tokens is for --recover distill", "--calib-tokens says how much text a refit reads"
+        )
+    after = []
+    if recover is not None:
+        # A method's own pass refits while it works; after those that do not, the pass of that name does.
+        if "recover" in {spec.name for spec in option_specs(REGISTRY.load(items[-1].name))}:
+            given["recover"] = "none" if recover == "none" else "refit"
+        elif recover != "none":
+            after.append(REGISTRY.make("refit", {}))
+        if recover == "distill":
+            after.append(REGISTRY.make("distill", {} if tokens is None else {"tokens": tokens}))
     # A method's options are those of its last pass; the passes before it prepare.
     made = [REGISTRY.make(item.name, item.options) for item in items[:-1]]
     made.append(REGISTRY.make(items[-1].name, {**items[-1].options, **given}))
-    return ",".join(item.to_text() for item in made)
+    return ",".join(item.to_text() for item in (*made, *after))
 
 
 def run_pipeline(

@@ -104,6 +104,7 @@ class Manifest:
         layers: per-layer results.
         plan: what the passes did to each layer, as a plan file has it.
         metrics: quality figures.
+        recovery: the course of a distillation, as plain data.
         run: what varies from run to run (seconds, memory, machine).
     """
 
@@ -117,6 +118,7 @@ class Manifest:
     layers: Sequence[Mapping[str, Any]] = ()
     plan: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
     run: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class Manifest:
             "layers": [dict(layer) for layer in self.layers],
             **({"plan": dict(self.plan)} if self.plan is not None else {}),
             "metrics": dict(self.metrics or {}),
+            **({"recovery": dict(self.recovery)} if self.recovery is not None else {}),
             "run": dict(self.run or {}),
         }
 

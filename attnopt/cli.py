@@ -104,7 +104,10 @@ def convert(
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="width of the rotary key, with --kv-lora-rank")] = None,
     recover: Annotated[
         options.Recover | None,
-        typer.Option(help="fit each layer to the original after the closed form, or not"),
+        typer.Option(help="after the closed form: nothing, fit each layer to the original, or also learn from it"),
+    ] = None,
+    recover_tokens: Annotated[
+        int | None, typer.Option(help="tokens to learn from with --recover distill", show_default="250000")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="mla: convert even if the cache grows")] = False,
     layers: options.Layers = None,
@@ -147,6 +150,7 @@ def convert(
         "kv-lora-rank": kv_lora_rank,
         "qk-rope-head-dim": qk_rope_head_dim,
         "recover": recover,
+        "recover-tokens": recover_tokens,
         "force": force or None,
         "layers": layers,
         "fraction": fraction,

@@ -14,6 +14,7 @@ class Recover(StrEnum):
 
     none = "none"
     refit = "refit"
+    distill = "distill"
 
 
 class Emit(StrEnum):

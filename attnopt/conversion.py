@@ -19,8 +19,9 @@ from attnopt.planning import (
     read_profile,
     refuse_beyond_budget,
 )
-from attnopt.progress import Reporter
+from attnopt.progress import Reporter, Silent
 from attnopt.results import Conversion, PlanPreview
+from attnopt.texts import describe, from_files, self_written, wanted_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,10 @@ if TYPE_CHECKING:
     from attnopt.rewriter.pipeline import Given, Instrument, Pipeline, PipelineResult
     from attnopt.rewriter.program import Program
     from attnopt.rewriter.source import ModelSource
-    from attnopt.staging import Staging
+    from attnopt.rewriter.steps import StepStore
 
 #: Types weights can be written in; "auto" is the source's.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-#: Name under which text that the model wrote is kept in the staging directory, so that it need not write it again.
-CALIBRATION_STEP = "calibration"
 
 
 @dataclass(frozen=True)
@@ -155,16 +153,13 @@ def _measured(
     plans: Sequence[tuple[Pass, Plan]],
 ) -> list[tuple[Pass, Plan]]:
     """The plans of passes that were run, with every choice made; what they made is dropped."""
-    from attnopt.profiles.calibration import self_sampled
     from attnopt.rewriter.passes import PassContext
+    from attnopt.rewriter.steps import MemorySteps
 
-    device, text = resolve_device(options.device), None
-    if calibration.files:
-        text = _from_files(source, calibration)
-    elif needs_text(plans):
-        text = self_sampled(
-            source, calibration.tokens, calibration.context, calibration.seed, device=str(device), reporter=reporter
-        )
+    device, wanted = resolve_device(options.device), wanted_tokens(pipeline.passes)
+    text = from_files(source, calibration, wanted) if calibration.files else None
+    if text is None and needs_text(plans):
+        text = self_written(source, calibration, options, device, MemorySteps(), wanted, reporter)
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
     results = pipeline.run(program, context, given=given).results
     return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
@@ -217,19 +212,38 @@ def convert_model(
     options: RunOptions,
     reporter: Reporter,
 ) -> Conversion:
-    """Run a pipeline on a model and write the result."""
+    """Run a pipeline on a model and write the result. Of several processes that torchrun started, the first writes."""
+    from attnopt.rewriter import parallel
+
+    with parallel.joined(resolve_device(options.device)) as device:
+        if parallel.rank():
+            reporter = Silent()
+        return _convert(model, pipeline, output, calibration, options, reporter, device)
+
+
+def _convert(
+    model: str | Path,
+    pipeline: Pipeline,
+    output: Path,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    reporter: Reporter,
+    device: torch.device,
+) -> Conversion:
     from attnopt.artifact import Manifest
     from attnopt.codegen.hf.emit import check_source, emit
+    from attnopt.curve import curve_of, write_curve
     from attnopt.evaluate import peak_rss_bytes
+    from attnopt.rewriter import parallel
     from attnopt.staging import Staging, resume_key
 
     clock = Clock()
-    device, dtype = resolve_device(options.device), resolve_dtype(options.dtype)
+    dtype, wanted = resolve_dtype(options.dtype), wanted_tokens(pipeline.passes)
     source = open_model(model, options.trust_remote_code, reporter)
     clock.lap("open")
-    text = _from_files(source, calibration) if calibration.files else None
+    text = from_files(source, calibration, wanted) if calibration.files else None
     settings = {
-        "calibration": _describe(calibration, text),
+        "calibration": describe(calibration, text),
         "emit": options.emit,
         "dtype": options.dtype,
         "device": device.type,
@@ -238,6 +252,8 @@ def convert_model(
     }
     key = resume_key(source.identity, pipeline.to_text(full=True), settings)
     paths = [source.path, *([Path(model)] if Path(model).exists() else [])]
+    if parallel.rank():
+        return _follow(source, pipeline, calibration, options, device, text)
     with Staging(output, key=key, overwrite=options.overwrite, resume=options.resume, sources=paths) as staging:
         program = capture_model(source, reporter)
         latent = any("mla" in item.provides for item in pipeline.passes)
@@ -248,16 +264,18 @@ def convert_model(
         refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
         if text is None and needs_text(plans):
-            text = _self_written(source, calibration, options, device, staging, reporter)
-        settings["calibration"] = _describe(calibration, text)
+            text = self_written(source, calibration, options, device, staging, wanted, reporter)
+        settings["calibration"] = describe(calibration, text)
+        text = parallel.from_first(text)
         clock.lap("calibration text")
         reporter.say(f"running {pipeline.to_text()}" + (f" on {text.tokens:,} tokens" if text is not None else ""))
-        context = _context(text, calibration, device, options, staging, reporter, profiles)
+        context = _context(source, text, calibration, device, options, staging, reporter, profiles)
         result, check = _run_passes(program, pipeline, context, options, given)
         clock.lap("passes")
         emitted = emit(result.program, source, staging, options.emit, dtype=dtype, reporter=reporter)
         cached = (program.cached_numbers_per_token, emitted.cached_numbers_per_token)
         parameters = (program.parameters, emitted.parameters)
+        curve = curve_of(result.program.history)
         Manifest(
             source=source.identity,
             pipeline=pipeline.to_text(),
@@ -268,8 +286,10 @@ def convert_model(
             parameters=parameters,
             layers=[layer for one in result.results for layer in one.layers],
             plan=plan_done(source, pipeline, result, calibration.seed),
+            recovery=curve,
             run={"model": str(Path(model).resolve() if Path(model).exists() else model)},
         ).write(staging.path)
+        write_curve(staging.path, curve)
         staging.finish()
     clock.lap("write")
     notes = [*emitted.notes, *(f"left alone: {miss.reason}" for one in result.results for miss in one.misses)]
@@ -277,7 +297,7 @@ def convert_model(
         notes.append(f"written for attnopt's own class because {emitted.refused}")
     if check is not None:
         notes += [f"{change.text} changed the logits by {change.relative:.2e} (relative)" for change in check.changes]
-    return Conversion(
+    done = Conversion(
         output=str(output),
         emitted_as=emitted.target,
         sites_changed=len(result.changed_sites),
@@ -296,6 +316,29 @@ def convert_model(
             "summary": {entry.text: dict(entry.summary) for entry in result.program.history},
         },
     )
+    return parallel.from_first(done)
+
+
+def _follow(
+    source: ModelSource,
+    pipeline: Pipeline,
+    calibration: CalibrationOptions,
+    options: RunOptions,
+    device: torch.device,
+    text: Calibration | None,
+) -> Conversion:
+    """Run the passes beside the first process, which reads and writes for all; returns what it returns."""
+    from attnopt.rewriter import parallel
+    from attnopt.rewriter.steps import MemorySteps
+
+    program = capture_model(source, Silent())
+    given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
+    text = parallel.from_first(text)
+    context = _context(source, text, calibration, device, options, MemorySteps(), Silent(), profiles)
+    _run_passes(program, pipeline, context, options, given)
+    done: Any = parallel.from_first(None)
+    assert isinstance(done, Conversion)
+    return done
 
 
 def resolve_device(name: str) -> torch.device:
@@ -332,64 +375,21 @@ def resolve_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def _from_files(source: ModelSource, calibration: CalibrationOptions) -> Calibration:
-    from attnopt.profiles.calibration import from_files
-
-    return from_files(source.tokenizer(), calibration.files, calibration.tokens, calibration.context, calibration.seed)
-
-
-def _self_written(
-    source: ModelSource,
-    calibration: CalibrationOptions,
-    options: RunOptions,
-    device: torch.device,
-    staging: Staging,
-    reporter: Reporter,
-) -> Calibration:
-    """Text that the model writes, or wrote before the run was interrupted."""
-    from attnopt.profiles.calibration import Calibration, self_sampled
-    from attnopt.rewriter.weights import WeightStore
-
-    if CALIBRATION_STEP in staging.steps_done():
-        values, record = staging.load(CALIBRATION_STEP)
-        saved = WeightStore(values)
-        return Calibration(saved.get("windows"), saved.get("selection"), **record)
-    reporter.say(f"the model writes {calibration.tokens:,} tokens of calibration text")
-    text = self_sampled(
-        source,
-        calibration.tokens,
-        calibration.context,
-        calibration.seed,
-        device=str(device),
-        memory_budget=options.memory_budget * 1e9 if options.memory_budget else None,
-        reporter=reporter,
-    )
-    pools = {"windows": text.windows, "selection": text.selection}
-    staging.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
-    return text
-
-
-def _describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
-    """The calibration as plain data. What the model will write is determined by the rest."""
-    found: dict[str, Any] = {"source": "self", "tokens": calibration.tokens, "context": calibration.context}
-    if text is not None:
-        found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
-    return found
-
-
 def _context(
+    source: ModelSource,
     text: Calibration | None,
     calibration: CalibrationOptions,
     device: torch.device,
     options: RunOptions,
-    staging: Staging,
+    steps: StepStore,
     reporter: Reporter,
     profiles: Mapping[str, Any],
 ) -> PassContext:
+    from attnopt.rewriter import parallel
     from attnopt.rewriter.passes import PassContext
 
     return PassContext(
-        workdir=staging,
+        workdir=parallel.FirstSteps(steps) if parallel.world() > 1 else steps,
         calibration=text,
         device=device,
         seed=text.seed if text is not None else calibration.seed,
@@ -397,6 +397,7 @@ def _context(
         resume=options.resume,
         profiles=profiles,
         memory_budget=int(options.memory_budget * 1e9) if options.memory_budget else None,
+        tokenizer=source.tokenizer if source.has_tokenizer else None,
     )
 
 

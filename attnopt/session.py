@@ -53,8 +53,10 @@ class Session:
     def __init__(self, *, json: bool, quiet: bool, verbose: bool, tokens: int = 0) -> None:
         from attnopt.render import TerminalReporter
 
+        # Of several processes that torchrun started, only the first talks.
+        self.silent = "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
         self.json = json
-        self.quiet = quiet
+        self.quiet = quiet = quiet or self.silent
         self.reporter: TerminalReporter = TerminalReporter(quiet=quiet, tokens=tokens)
         self._stdout = sys.stdout
         self._redirect = contextlib.redirect_stdout(sys.stderr)
@@ -78,6 +80,8 @@ class Session:
     def show(self, result: Result) -> int:
         """Print a result and return its exit code."""
         self.reporter.close()
+        if self.silent:
+            return result.exit_code
         if self.json:
             self._stdout.write(json_module.dumps(result.to_json(), ensure_ascii=False) + "\n")
         else:

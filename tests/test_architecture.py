@@ -35,6 +35,7 @@ MAY_IMPORT = {
 #: Above the parts there are the verbs, and above them the door; these may import all that lies below.
 VERBS = {
     "attnopt.api", "attnopt.conversion", "attnopt.planning", "attnopt.profiling", "attnopt.exporting", "attnopt.demo",
+    "attnopt.texts", "attnopt.curve",
 }  # fmt: skip
 DOOR = {
     "attnopt.cli", "attnopt.cli_common", "attnopt.cli_measure", "attnopt.cli_options", "attnopt.cli_verify",

@@ -13,6 +13,8 @@ REGISTRY = Registry(
         "prune": Entry("attnopt.passes.prune.prune:Prune", "remove heads or key/value groups"),
         "moh": Entry("attnopt.passes.moh.moh:MixtureOfHeads", "let each token choose its heads"),
         "dimap": Entry("attnopt.passes.dimap.dimap:Dimap", "prune weights, or heads and channels, without any data"),
+        "refit": Entry("attnopt.passes.repair.refit:Refit", "fit the attention layer by layer to the original's"),
+        "distill": Entry("attnopt.passes.repair.distill:Distill", "train on what the original says, end to end"),
     },
     methods={
         "mla": ("to-mla", "keep a fraction of the cache: one latent and one rotary key per token and layer"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Calibration:
         source: "self", or the file names.
         sha256: hash of all token ids and of how they are divided.
         seed: of the sampling.
+        recovery: int64 [k, context], disjoint from both, to learn from; None if no pass asked for it.
     """
 
     windows: Tensor
@@ -51,6 +52,7 @@ class Calibration:
     source: str
     sha256: str
     seed: int
+    recovery: Tensor | None = None
 
     @property
     def context(self) -> int:
@@ -86,7 +88,9 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     return Calibration(windows, selection, source, digest.hexdigest(), seed)
 
 
-def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0) -> Calibration:
+def from_files(
+    tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0, recovery: int = 0
+) -> Calibration:
     """Windows of the text in files, spread evenly over each; every file gives as many as it can of an equal share.
 
     A window starts with what the tokenizer puts before a text (a BOS or CLS token, or nothing) and ends with what it
@@ -98,31 +102,42 @@ def from_files(tokenizer: Any, files: Sequence[str | Path], tokens: int, context
         tokens: at most this many in all.
         context: tokens in a window.
         seed: recorded only.
+        recovery: at most this many tokens more, of other windows, for `Calibration.recovery`.
 
     Raises:
         SourceError: a file is missing, not UTF-8 text, or empty.
         OptionError: there is too little text for two windows, or `tokens` or `context` make no sense.
     """
     _check_sizes(tokens, context)
-    prefix, suffix = _text_frame(tokenizer)
-    body = context - len(prefix) - len(suffix)
-    budget = tokens // context
+    frame = _text_frame(tokenizer)
+    body = context - len(frame[0]) - len(frame[1])
     streams = [_cut(_token_ids(tokenizer, Path(file)), body) for file in files]
-    parts: list[Tensor] = []
-    # Short files first, so that what they leave of their share goes to the longer ones; the order of text is kept.
+    ids, rest = _shares(streams, tokens // context)
+    text = divide(_framed(ids, frame), ", ".join(Path(file).name for file in files), seed)
+    return replace(text, recovery=_framed(_shares(rest, recovery // context)[0], frame)) if recovery else text
+
+
+def _shares(streams: Sequence[Tensor], budget: int) -> tuple[Tensor, list[Tensor]]:
+    """(at most `budget` windows, equally many of each stream as far as it has them, spread over it; what is left)."""
+    # Short streams first, so that what they leave of their share goes to the longer ones; the order of text is kept.
     order = sorted(range(len(streams)), key=lambda i: len(streams[i]))
     taken: dict[int, Tensor] = {}
+    rest: dict[int, Tensor] = {}
     left = budget
     for place, index in enumerate(order):
         stream = streams[index]
         count = min(len(stream), left // (len(order) - place))
-        taken[index] = stream[[(2 * i + 1) * len(stream) // (2 * count) for i in range(count)]]
+        chosen = torch.zeros(len(stream), dtype=torch.bool)
+        chosen[[(2 * i + 1) * len(stream) // (2 * count) for i in range(count)]] = True
+        taken[index], rest[index] = stream[chosen], stream[~chosen]
         left -= count
-    parts = [taken[index] for index in range(len(streams))]
-    ids = torch.cat(parts)
-    before, behind = (torch.tensor(part, dtype=ids.dtype).expand(len(ids), -1) for part in (prefix, suffix))
-    ids = torch.cat([before, ids, behind], dim=1)
-    return divide(ids, ", ".join(Path(file).name for file in files), seed)
+    return torch.cat([taken[i] for i in range(len(streams))]), [rest[i] for i in range(len(streams))]
+
+
+def _framed(windows: Tensor, frame: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+    """Windows with what the tokenizer puts before and behind a text."""
+    before, behind = (torch.tensor(part, dtype=torch.long).expand(len(windows), -1) for part in frame)
+    return torch.cat([before, windows, behind], dim=1)
 
 
 def _check_sizes(tokens: int, context: int) -> None:
@@ -205,6 +220,17 @@ def self_sampled(
         OptionError: if `tokens` or `context` make no sense.
     """
     _check_sizes(tokens, context)
+    model = sampler(source, device, memory_budget)
+    prompts = sequence_starts(source, tokens // context, seed)
+    return divide(sample(model, prompts, context, seed=seed, reporter=reporter), "self", seed)
+
+
+def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:
+    """The model, ready to write text.
+
+    Raises:
+        UnsupportedError: if it does not generate text or does not fit `memory_budget`.
+    """
     if not source.model_class.can_generate():
         raise UnsupportedError(
             f"{source.model_class.__name__} does not generate text, so it cannot write its own calibration text",
@@ -220,8 +246,7 @@ def self_sampled(
             "give text files with --calib FILE, which needs one layer at a time, or raise --memory-budget",
         )
     materialize(model, source, dtype, device)
-    prompts = sequence_starts(source, tokens // context, seed)
-    return divide(sample(model, prompts, context, seed=seed, reporter=reporter), "self", seed)
+    return model
 
 
 def sampling_dtype(device: str) -> torch.dtype:

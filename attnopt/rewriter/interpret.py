@@ -158,10 +158,31 @@ class LayerRunner:
         Raises:
             UnsupportedError: if an input is missing or not an input of the program.
         """
-        given = self._complete(inputs)
+        given = self.complete(inputs)
         loaded = self._open(self.prelude)
         values = loaded.evaluate_all(Env(given, None), self.prelude.live_out)
         return Env(values, self._stream_after(self.prelude))
+
+    def reads(self, segment: Segment, targets: Sequence[str] | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a segment reads: (names of nodes that are live before it or inputs, names of weights).
+
+        Args:
+            segment: of this program.
+            targets: nodes to evaluate; by default all that is live after it.
+        """
+        given = tuple(self.program.inputs) if segment is self.prelude else segment.live_in
+        wanted = tuple(name for name in targets or segment.live_out if name not in given)
+        passed = tuple(name for name in targets or segment.live_out if name in given)
+        plan = self._plan(segment, wanted, given)
+        return tuple(dict.fromkeys((*plan.inputs, *passed))), plan.weights
+
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the nodes that the program returns, in the order of its outputs."""
+        return tuple(node.name for node in self._output_nodes())
+
+    def is_constant(self, weight: str) -> bool:
+        """Whether a weight is a constant (a rotary table, an index), which keeps its type and is no parameter."""
+        return weight in self._constants
 
     @contextmanager
     def load(self, segment: Segment) -> Iterator[LoadedSegment]:
@@ -202,7 +223,8 @@ class LayerRunner:
         (output,) = (node for node in self._order if node.op == "output")
         return list(output.args[0])
 
-    def _complete(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All inputs of the program, on its device; those left out get their defaults, see `start`."""
         unknown = sorted(set(inputs) - set(self.program.inputs) - {"position_ids", "attention_mask"})
         if unknown:
             raise UnsupportedError(

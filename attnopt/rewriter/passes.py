@@ -16,7 +16,7 @@ A pass is a frozen dataclass whose fields, made with `option`, are its options o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -117,6 +117,8 @@ class PassContext:
         resume: whether finished steps in `workdir` may be used instead of being repeated.
         profiles: results of analyses by the name they are provided under.
         memory_budget: bytes the pass should stay below, or None.
+        original: the program as it was before the first pass; set by the pipeline.
+        tokenizer: gives the model's tokenizer, or None if it has none.
     """
 
     workdir: StepStore = field(default_factory=MemorySteps)
@@ -128,6 +130,8 @@ class PassContext:
     resume: bool = False
     profiles: Mapping[str, Any] = field(default_factory=dict)
     memory_budget: int | None = None
+    original: Program | None = None
+    tokenizer: Callable[[], Any] | None = None
 
     def replace(self, **changes: Any) -> PassContext:
         """A context with some fields changed."""
@@ -196,6 +200,11 @@ class Pass(Item):
     def wants_text(self, plan: Plan) -> bool:
         """Whether carrying out a plan reads calibration text."""
         return True
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text that it learns from, beside the calibration text."""
+        return 0
 
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """The plan that a plan file spells out: only the layers it names, as it says.

@@ -190,6 +190,7 @@ class Pipeline:
             UnsupportedError: if a pass cannot work on the program, or changed nothing though it should.
             VerificationError: if a pass broke a promise or its report does not agree with what it did.
         """
+        context = context.replace(original=context.original or program)
         profiles: dict[str, Any] = dict(context.profiles)
         established: dict[str, Any] = {}
         results: list[PassResult] = []

@@ -90,10 +90,20 @@ def compile_subgraph(
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
         if device is not None:
             kwargs = {k: device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-        env[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"n{count}")
+        target = _DIFFERENTIABLE.get(node.target, node.target)
+        env[node] = graph.create_node(node.op, target, args, kwargs, name=f"n{count}")
         count += 1
     graph.output([env[node] for node in targets])
     return Subgraph(_function(graph), tuple(n.name for n in inputs), tuple(weights), tuple(n.name for n in targets))
+
+
+def _copied(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`aten.copy`, which torch cannot differentiate: `source` in the shape and type of `x`."""
+    return source.to(x.dtype).expand(x.shape)
+
+
+#: What stands in for an op that has no derivative, with the same result.
+_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copied}
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from attnopt.errors import OptionError
 from attnopt.passes.common.reading import output_nodes
 from attnopt.passes.mla.stream import Stream
 from attnopt.progress import bar
+from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.passes import PassContext
 from attnopt.rewriter.precision import exact_products, quick_products
@@ -67,7 +68,7 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
     """
     check_text(program, context, why)
     runner = LayerRunner(program, context.dtype, context.device)
-    stream = Stream(runner, context.calibration.windows, context.calibration.windows[:0], context.dtype)
+    stream = Stream(runner, context.calibration.windows, context.calibration.windows[:0], context.dtype, spread=True)
     with (
         quick_products(context.device),
         bar(context.reporter, "measuring heads", len(runner.layers), "layers") as handle,
@@ -94,5 +95,7 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
                     stream.advance(batch, loaded, y)
                 matrix = loaded.weight(site.o.weight)
                 weight = (matrix if site.o.layout == "conv1d" else matrix.T).double()
+            parallel.add_up(gram, total)
+            (count,) = parallel.sum_of(count)
             yield site, Moments(gram / count, total / count, weight)
             context.reporter.advance(handle)

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.rewriter import parallel
+
+#: Largest relative step.
+RATE = 0.0015
+#: Rates that are tried where one is to be chosen, as multiples of it.
+RACE = (0.5, 1.0, 2.0)
+#: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
+EPOCHS, REFIT_TOKENS = 4, 131_072
+
 
 @dataclass(frozen=True)
 class Example:
@@ -53,6 +62,7 @@ def error_of(weights: Mapping[str, Tensor], examples: Examples) -> float:
             each = example.weights[..., None].to(example.target.dtype)
             error += float((each * (example.output(weights) - example.target) ** 2).sum())
             size += float((each * example.target**2).sum())
+    error, size = parallel.sum_of(error, size)
     return error / max(size, 1e-300)
 
 
@@ -62,9 +72,10 @@ def refit(
     held_out: Examples,
     *,
     epochs: int,
-    rate: float = 0.0015,
+    rate: float = RATE,
     checks: int = 2,
     seed: int = 0,
+    free: Mapping[str, Tensor] | None = None,
 ) -> Fitted:
     """Adam on all weights; steps are relative to each one's size, so that one rate fits all matrices and models.
 
@@ -78,21 +89,24 @@ def refit(
         rate: largest relative step.
         checks: how often the held-out error is looked at, the end included.
         seed: of the order of examples.
+        free: masks of what may change, of the weights of which not everything may.
     """
     before = error_of(start, held_out)
     best, best_error = dict(start), before
+    train = train[: parallel.smallest_of(len(train))]  # all processes take equally many steps
     steps = epochs * len(train)
     if steps == 0 or before < 1e-12:
         return Fitted(best, before, before)
     trained = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
-    size = {name: _size(value.detach()) for name, value in trained.items()}
+    size = {name: size_of(value.detach()) for name, value in trained.items()}
     optimizer = torch.optim.Adam(
         [{"params": [value], "full": rate * size[name]} for name, value in trained.items()], betas=(0.9, 0.95)
     )
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
     first = train[order[0]]()
-    scale = max(float((first.weights[..., None] * first.target**2).sum()), 1e-300)
+    (scale,) = parallel.sum_of(float((first.weights[..., None] * first.target**2).sum()))
+    scale = max(scale / parallel.world(), 1e-300)
     look = {round(steps * (i + 1) / checks) for i in range(checks)}
     for step, index in enumerate(order):
         factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -105,6 +119,11 @@ def refit(
             loss = loss if example.penalty is None else loss + example.penalty(trained)
             optimizer.zero_grad()
             loss.backward()
+        for name, mask in (free or {}).items():
+            gradient = trained[name].grad
+            if gradient is not None:
+                gradient *= mask
+        parallel.average_gradients(trained.values())
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
         optimizer.step()
         if step + 1 in look:
@@ -115,7 +134,34 @@ def refit(
     return Fitted(best, before, best_error)
 
 
-def _size(weight: Tensor) -> float:
+def best_rate(
+    start: Mapping[str, Tensor],
+    train: Examples,
+    held_out: Examples,
+    *,
+    seed: int = 0,
+    free: Mapping[str, Tensor] | None = None,
+) -> float:
+    """The rate, of a few, that lowers the held-out error most in one pass over the text.
+
+    Steps are relative to the size of the weights, so that what is best for one layer serves the others of its model.
+
+    Args:
+        start, train, held_out, seed, free: as for `refit`.
+    """
+    error = {
+        factor: refit(start, train, held_out, epochs=1, rate=RATE * factor, checks=1, seed=seed, free=free).after
+        for factor in RACE
+    }
+    return RATE * min(RACE, key=lambda factor: (error[factor], factor))
+
+
+def default_epochs(tokens: int) -> int:
+    """Passes over so much text in a refit: new text serves better than the same once more, and time stays bounded."""
+    return max(1, min(EPOCHS, round(REFIT_TOKENS / max(1, tokens))))
+
+
+def size_of(weight: Tensor) -> float:
     """Root mean square of a weight; of matrices that start at zero, what is usual at random."""
     size = float(weight.pow(2).mean().sqrt())
     return 0.02 if size == 0 and weight.dim() > 1 else max(size, 1e-4)

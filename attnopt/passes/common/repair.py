@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.free import free_of
 from attnopt.passes.common.reading import OutputNodes, output_nodes
-from attnopt.passes.common.refit import Example, refit
-from attnopt.passes.common.ridge import OutputFit
-from attnopt.passes.mla.job import default_epochs
+from attnopt.passes.common.refit import RATE, Example, best_rate, default_epochs, refit
+from attnopt.passes.common.ridge import HeldOut, OutputFit
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
@@ -47,6 +47,8 @@ class Settings:
             program's layer gives on the rewritten program's state) to 1 (whatever brings the state back).
         behind: repair the layers behind the first changed one as well.
         balance: weight of the load-balance loss of weighted gates in a refit.
+        rate: largest relative step of a refit; None for the default, or with `held_out` for the best of several.
+        held_out: take nothing over that is worse than before on held-out text.
     """
 
     fill: Fill
@@ -55,6 +57,8 @@ class Settings:
     follow: float = 0.5
     behind: bool = True
     balance: float = 0.0
+    rate: float | None = None
+    held_out: bool = False
 
     @property
     def idle(self) -> bool:
@@ -97,12 +101,13 @@ class _Repair:
         self.old = LayerRunner(before, context.dtype, context.device)
         self.new = LayerRunner(after, context.dtype, context.device)
         self.done = set(context.workdir.steps_done()) if context.resume else set()
+        self.rate = settings.rate  # None until the first layer has chosen one
 
     def run(self) -> Repaired:
         text, settings = self.context.calibration, self.settings
-        held_out = text.selection if settings.refit else text.selection[:0]
-        teacher = Stream(self.old, text.windows, held_out, self.context.dtype)
-        student = Stream(self.new, text.windows, held_out, self.context.dtype)
+        held_out = text.selection if settings.refit or settings.held_out else text.selection[:0]
+        teacher = Stream(self.old, text.windows, held_out, self.context.dtype, spread=True)
+        student = Stream(self.new, text.windows, held_out, self.context.dtype, spread=True)
         weights: dict[str, Mapping[str, Value]] = {}
         records: dict[str, Mapping[str, Any]] = {}
         reporter = self.context.reporter
@@ -154,6 +159,7 @@ class _LayerRepair:
         kept: list[Tensor] = []
         if step in job.done:
             values, record = job.context.workdir.load(step)
+            job.rate = record.get("rate", job.rate)
         else:
             weights, record, kept = self._fit()
             values = job.context.workdir.save(step, weights, record)
@@ -176,8 +182,16 @@ class _LayerRepair:
             kept.append(z)
             targets.append(target)
             importance.append(weight)
+        fit.add_up()
         weight, bias = self._solve(fit)
         record = {"error_before": fit.error_before, "error_after": fit.error(weight, bias)}
+        if settings.held_out:
+            rows = zip(self.student.batches, kept, targets, importance, strict=True)
+            judged = HeldOut([row[1:] for row in rows if row[0].held_out])
+            before, after = judged.error(fit.weight, fit.bias), judged.error(weight, bias)
+            if after > before:
+                weight, bias, after = fit.weight, fit.bias, before
+            record |= {"held_out_before": before, "held_out_after": after}
         found = self._named(weight.to(w_o.dtype), bias.to(w_o.dtype))
         if settings.refit and site.fqn in self.job.changed:
             found = self._refit(found, targets, importance, record)
@@ -187,6 +201,9 @@ class _LayerRepair:
     def _solve(self, fit: OutputFit) -> tuple[Tensor, Tensor]:
         fill = self.job.settings.fill
         if fill == "none" or fit.error_before < NOISE:
+            return fit.weight, fit.bias
+        if free_of(self.job.new.program, self.site.o.weight, self._output_matrix()) is not None:
+            fill = "mean"  # pruned zeros stay
             return fit.weight, fit.bias
         if fill == "mean":
             return fit.means() if self.site.o.bias is not None else (fit.weight, fit.bias)
@@ -253,10 +270,16 @@ class _LayerRepair:
         pools: dict[bool, list[Any]] = {False: [], True: []}
         for place, batch in enumerate(self.student.batches):
             pools[batch.held_out].append(lambda place=place: example(place))
-        seed = self.job.context.seed + site.layer
+        fixed = {short: free_of(self.job.new.program, names[short], value) for short, value in start.items()}
+        how: dict[str, Any] = {
+            "seed": self.job.context.seed + site.layer,
+            "free": {short: free for short, free in fixed.items() if free is not None},
+        }
+        if self.job.rate is None:
+            self.job.rate = best_rate(start, pools[False], pools[True], **how) if settings.held_out else RATE
         epochs = settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
-        fitted = refit(start, pools[False], pools[True], epochs=epochs, seed=seed)
-        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
+        fitted = refit(start, pools[False], pools[True], epochs=epochs, rate=self.job.rate, **how)
+        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after, "rate": self.job.rate}
         return dict(fitted.weights)
 
     def _load(self, env: Env) -> Callable[[Mapping[str, Tensor]], Tensor] | None:

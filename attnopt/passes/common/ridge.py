@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from attnopt.rewriter import parallel
+from attnopt.rewriter.precision import exact_products
 
 #: Strength of the pull to the old weights, as a share of the mean square of the features.
 STRENGTH = 0.01
@@ -45,6 +50,11 @@ class OutputFit:
         self._square += float((each * error**2).sum())
         self._size += float((each * wanted**2).sum())
 
+    def add_up(self) -> None:
+        """Sum over all processes, each of which has added its share of the text."""
+        parallel.add_up(self._gram, self._cross)
+        self._square, self._size = parallel.sum_of(self._square, self._size)
+
     @property
     def error_before(self) -> float:
         """Weighted squared error of W_0 and b_0 relative to the target's square."""
@@ -78,3 +88,26 @@ class OutputFit:
         if bias:
             return self.weight + change[:-1], self.bias + change[-1]
         return self.weight + change, self.bias.clone()
+
+
+class HeldOut:
+    """Error of output projections on the held-out windows.
+
+    Args:
+        rows: features, targets and token weights of each batch of them.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._rows = rows
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """Weighted squared error relative to the targets' square."""
+        error, size = 0.0, 0.0
+        with exact_products():
+            for features, target, importance in self._rows:
+                each = importance[..., None].to(target.dtype)
+                found = features @ weight.to(features.dtype) + bias.to(features.dtype)
+                error += float((each * (found - target) ** 2).sum())
+                size += float((each * target**2).sum())
+        error, size = parallel.sum_of(error, size)
+        return error / max(size, 1e-300)

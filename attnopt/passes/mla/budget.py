@@ -12,6 +12,7 @@ from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla.layer import closed_form
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.statistics import LayerStatistics
+from attnopt.rewriter import parallel
 from attnopt.rewriter.site import AttentionSite
 
 #: Shares of the budget that are tried as rope width.
@@ -120,17 +121,17 @@ def split_errors(
     """
     energies = slot_energies(stats)
     source = stats.layer
-    tokens = sum(sample.weights.numel() * sample.count for sample in held_out)
+    (tokens,) = parallel.sum_of(sum(sample.weights.numel() * sample.count for sample in held_out))
     result = {}
     for split in splits:
         table = choose_table([energies], split.rope // 2)
         layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=1)
-        layer = layer.to(held_out[0].x.dtype)
+        layer = layer.to(source.w_q.dtype)
         error = 0.0
         for sample in held_out:
             relative = (layer.attend(source, sample.x) - sample.target).pow(2).mean(-1) * sample.weights / sample.count
             error += sample.count * float((relative / (1 + relative)).sum())
-        result[split] = error / tokens
+        result[split] = parallel.sum_of(error)[0] / tokens
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
+from attnopt.passes.common.refit import default_epochs
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look
@@ -21,6 +22,7 @@ from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.passes.mla.weights import from_weights, to_weights
 from attnopt.progress import bar
+from attnopt.rewriter import parallel
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
@@ -32,8 +34,6 @@ from attnopt.rewriter.weights import Value, evaluate
 #: Second moments of all groups of a layer may take this many bytes; beyond that groups share one.
 MOMENT_BYTES = 256 << 20
 PROBE_STEP = "probe"
-#: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
-EPOCHS, REFIT_TOKENS = 4, 131_072
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ class Job:
         split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
         table = probe.table(split)
         held_out = selection if self.settings.refit else selection[:0]
-        stream = Stream(self.runner, windows, held_out, self.keep)
-        reference = Stream(self.runner, windows, held_out, self.keep) if self.settings.follow else None
+        stream = Stream(self.runner, windows, held_out, self.keep, spread=True)
+        reference = None
+        if self.settings.follow:
+            reference = Stream(self.runner, windows, held_out, self.keep, spread=True)
         records = []
         reporter = self.context.reporter
         with bar(reporter, "converting", len(self.runner.layers), "layers") as handle:
@@ -216,6 +218,7 @@ class _LayerJob:
                 stats.update(x, importance)
             self.outputs.append(output.to(self.job.keep))
             self.weights.append(importance)
+        stats.add_up()
         stats.check()
         layer, predicted = closed_form(stats, table, self.rank)
         layer = self._rounded(layer)
@@ -287,7 +290,8 @@ class _LayerJob:
 
     def _peak(self, layer: LatentLayer) -> float:
         """Largest norm of the latent on the text."""
-        return max(layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches)
+        norms = (layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches)
+        return parallel.largest_of(max(norms, default=0.0))
 
     def _examples(self, held_out: bool) -> list[Callable[[], list[Example]]]:
         """One example for each batch of windows, with its share of the first tokens."""
@@ -315,11 +319,6 @@ class _LayerJob:
             if self.reference is not None:
                 output = self._reference_output(self.reference, place)
                 self.reference.advance(self.reference.batches[place], self.loaded, output)
-
-
-def default_epochs(tokens: int) -> int:
-    """Passes over so much text in a refit: new text serves better than the same once more, and time stays bounded."""
-    return max(1, min(EPOCHS, round(REFIT_TOKENS / max(1, tokens))))
 
 
 def _kept_type(program: Program, compute: torch.dtype) -> torch.dtype:

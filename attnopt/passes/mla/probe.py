@@ -75,7 +75,7 @@ def look(
     """
     measured = set(spread(list(sites), MEASURED_LAYERS)) if len(splits) > 1 else set()
     held = some_of(selection, HELD_OUT_TOKENS) if measured else selection[:0]
-    stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep)
+    stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep, spread=True)
     energies: dict[str, Tensor] = {}
     errors: list[dict[Split, float]] = []
     with bar(reporter, "looking at the layers", len(runner.layers), "layers") as handle:
@@ -95,6 +95,7 @@ def look(
                             samples.append(HeldOut(x, output, weights, batch.count))
                         else:
                             stats.update(x, weights)
+                    stats.add_up()
                     stats.check()
                     energies[site.fqn] = slot_energies(stats)
                     if site.fqn in measured:

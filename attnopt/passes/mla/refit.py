@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnopt.passes.mla.layer import LatentLayer
 from attnopt.passes.mla.source_layer import SourceLayer
+from attnopt.rewriter import parallel
 from attnopt.rewriter.precision import exact_products
 
 
@@ -53,6 +54,7 @@ class OutputRidge:
         Args:
             strength: ridge as a share of the mean square of the inputs.
         """
+        parallel.add_up(self._gram, self._cross)
         gram = (self._gram + self._gram.T) / 2
         ridge = torch.full((gram.shape[0],), strength, dtype=torch.float64) * gram.diagonal()[:-1].mean()
         ridge[-1] = 1e-9 * gram[-1, -1]  # the bias is not pulled
@@ -114,6 +116,7 @@ def error_of(layer: LatentLayer, source: SourceLayer, examples: Examples) -> flo
         for example in make():
             error += float(_squared(layer.attend(source, example.x) - example.target, example))
             size += float(_squared(example.target, example))
+    error, size = parallel.sum_of(error, size)
     return error / max(size, 1e-300)
 
 
@@ -137,13 +140,14 @@ def refit(
         layer: the start.
         source: the layer it was made from.
         train, held_out: examples to fit on and to judge by.
-        epochs: passes over `train`.
+        epochs: passes over `train`. Of several processes, each steps on one of its own examples, all together.
         rate: largest relative step.
         checks: how often the held-out error is looked at, the end included.
         seed: of the order of examples.
     """
     before = error_of(layer, source, held_out)
     best, best_error = layer, before
+    train = train[: parallel.smallest_of(len(train))]  # all processes take equally many steps
     steps = epochs * len(train)
     if steps == 0 or before < 1e-12:
         return Fitted(layer, before, before, 0)
@@ -156,7 +160,8 @@ def refit(
     )
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
-    scale = max(sum(float(_squared(example.target, example)) for example in train[order[0]]()), 1e-300)
+    (scale,) = parallel.sum_of(sum(float(_squared(example.target, example)) for example in train[order[0]]()))
+    scale = max(scale / parallel.world(), 1e-300)
     looks = [int(n) for n in torch.randint(1 << 16, (len(train),), generator=generator)]  # where each window begins
     look = {round(steps * (i + 1) / checks) for i in range(checks)}
     with torch.enable_grad():
@@ -171,6 +176,7 @@ def refit(
                 start = part.x.shape[1] - part.target.shape[1]
                 (_squared(now.attend(source, part.x, start) - part.target, part) / scale).backward()
             looks[index] += 1
+            parallel.average_gradients(trained.values())
             torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
             optimizer.step()
             if step + 1 in look:

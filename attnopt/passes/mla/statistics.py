@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnopt.errors import UnsupportedError
 from attnopt.passes.mla.source_layer import SourceLayer
+from attnopt.rewriter import parallel
 
 
 def token_weights(hidden: Tensor) -> Tensor:
@@ -145,6 +146,15 @@ class LayerStatistics:
         self.input_mean += (weights.to(x.dtype) @ inputs).double()
         self.input_weight += weights.double().sum()
 
+    def add_up(self) -> None:
+        """Sum over all processes, each of which has seen its share of the text."""
+        moments = (self.keys, self.values)
+        parallel.add_up(
+            self.queries, self.phase, self.phase_weight, self.input_mean, self.input_weight,
+            *(sums for moment in moments for sums in (moment.second, moment.first, moment.weight)),
+        )  # fmt: skip
+        self.tokens = round(parallel.sum_of(self.tokens)[0])
+
     def check(self) -> None:
         """Refuse sums that are useless.
 
@@ -162,6 +172,10 @@ class LayerStatistics:
                 "give more calibration text (--calib-tokens)",
             )
 
+    def _place(self, length: int) -> int:
+        """Number of the window among those of all processes, of which each takes every N-th."""
+        return parallel.rank() + parallel.world() * (self.tokens // length)
+
     def _sampled(self, length: int, offset: int) -> tuple[Tensor, Tensor]:
         """Positions of the queries looked at, and how many queries each stands for."""
         if self.stride == 1:
@@ -173,7 +187,7 @@ class LayerStatistics:
     def _attend(self, x: Tensor, weights: Tensor) -> _Window:
         layer = self.layer
         length = x.shape[1]
-        at, share = self._sampled(length, self.tokens // length)
+        at, share = self._sampled(length, self._place(length))
         at = at.to(x.device)
         plain, keys, values = layer.queries(x), layer.keys(x), layer.values(x)
         inputs = layer.encoder_input(x, keys, values)[0]
@@ -203,7 +217,7 @@ class LayerStatistics:
         parts = torch.cat([turns.real, turns.imag], 1).to(omega.dtype)
         summed = (omega @ parts).double()
         pairs = layer.d // 2
-        at, _ = self._sampled(length, self.tokens // length)
+        at, _ = self._sampled(length, self._place(length))
         self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)
         class_of_head = self.class_of.to(layer.group_of)[layer.group_of]
         for of in range(len(self.keys.weight)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnopt.passes.mla.statistics import token_weights
+from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 
 #: Share of the text that first tokens count for. Attention sinks sit there (Xiao et al., arXiv 2309.17453): every later
@@ -60,17 +61,20 @@ class Stream:
         windows: [n, S] token ids to fit on.
         held_out: [m, S] token ids to judge by; may be empty.
         keep: type in which the residual stream is kept between layers.
+        spread: of several processes, each takes its share of the windows; sums over them are the caller's to make.
     """
 
-    def __init__(self, runner: LayerRunner, windows: Tensor, held_out: Tensor, keep: torch.dtype) -> None:
+    def __init__(
+        self, runner: LayerRunner, windows: Tensor, held_out: Tensor, keep: torch.dtype, *, spread: bool = False
+    ) -> None:
         self.runner = runner
         self.keep = keep
         self.batches: list[Batch] = []
         for ids, held in ((windows, False), (held_out, True)):
             starts = first_tokens(ids)
             share = FIRST_TOKEN_SHARE * ids.numel() / max(1, len(starts))
-            self._add(ids, held, 1.0)
-            self._add(starts, held, share)
+            for these, count in ((ids, 1.0), (starts, share)):
+                self._add(these[parallel.share_of(len(these))] if spread else these, held, count)
         runner.close()
 
     def _add(self, ids: Tensor, held_out: bool, count: float) -> None:

@@ -1,0 +1,128 @@
+"""--recover from the command line: what pipeline it stands for, kill -9 and resume, torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attnopt.api import method_pipeline
+from attnopt.errors import OptionError
+from tests import models
+from tests.cli.helpers import Outcome, entries, save_byte_tokenizer
+
+Cli = Callable[..., Outcome]
+
+TRAINING = "distill{tokens=4096 batch=128 rate=0.003 checks=4 checkpoint-minutes=0}"
+PIPELINE = f'share{{layers="1" fill=none}},{TRAINING}'
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("mla", {"kv-keep": 0.5, "recover": "none"}, "to-mla{kv-keep=0.5}"),
+        ("mla", {"recover": "refit"}, "to-mla{recover=refit}"),
+        ("mla", {"recover": "distill"}, "to-mla{recover=refit},distill"),
+        ("share", {"recover": "distill", "recover-tokens": 5000}, "share{recover=refit},distill{tokens=5000}"),
+        ("dimap", {"sparsity": 0.6, "recover": "refit"}, "dimap{sparsity=0.6},refit"),
+        ("dimap", {"sparsity": 0.6, "recover": "none"}, "dimap{sparsity=0.6}"),
+        ("dimap", {"sparsity": 0.6, "recover": "distill"}, "dimap{sparsity=0.6},refit,distill"),
+    ],
+)
+def test_what_recover_stands_for(method: str, options: dict[str, object], expected: str) -> None:
+    assert method_pipeline(method, options) == expected
+
+
+def test_tokens_without_distill_are_refused() -> None:
+    with pytest.raises(OptionError, match="--recover distill"):
+        method_pipeline("mla", {"recover": "refit", "recover-tokens": 5000})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = models.save("llama", tmp_path_factory.mktemp("model"), vocab_size=256)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    words = [chr(c) for c in torch.randint(97, 123, (9000,), generator=generator).tolist()]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(words))
+    return file
+
+
+def arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    size = ["--calib-tokens", "1024", "--context", "32"]
+    return ["run", str(model), "-p", PIPELINE, "--calib", str(text), *size, "-o", str(out), "--json", *more]
+
+
+def test_distillation_is_written_with_its_curve(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    document = cli(*arguments(model, text, tmp_path / "out")).document
+    manifest = json.loads((tmp_path / "out" / "attnopt.json").read_text())
+    curve = manifest["recovery"]["curve"]
+    assert [tokens for tokens, _ in curve["loss"]] == [128 * (i + 1) for i in range(32)]
+    assert curve["held_out"][0] == [0, manifest["recovery"]["held_out_before"]]
+    assert manifest["recovery"]["held_out_after"] < manifest["recovery"]["held_out_before"]
+    assert manifest["options"]["calibration"]["recovery_tokens"] == 4096
+    page = (tmp_path / "out" / "recovery.html").read_text()
+    assert "held-out text" in page
+    assert 'src="http' not in page
+    assert document["calibration"]["tokens"] == 1024
+
+
+def test_text_to_learn_from_is_written_by_the_model(cli: Cli, model: Path, tmp_path: Path) -> None:
+    pipeline = 'share{layers="1" fill=none},distill{tokens=640 batch=128}'
+    size = ["--calib-tokens", "512", "--context", "32"]
+    document = cli("run", model, "-p", pipeline, *size, "-o", tmp_path / "out", "--json").document
+    assert document["calibration"]["source"] == "self"
+    assert document["calibration"]["recovery_tokens"] == 640
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_curve(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    assert cli(*arguments(model, text, tmp_path / "whole")).code == 0
+    command = [sys.executable, "-m", "attnopt", *arguments(model, text, tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    steps = tmp_path / ".out.attnopt-staging" / "steps"
+    deadline = time.monotonic() + 200
+    while not (steps / "01-distill.training-1.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert steps.is_dir()
+    assert cli(*arguments(model, text, tmp_path / "out", "--resume")).code == 0
+    assert entries(tmp_path / "whole") == entries(tmp_path / "out")
+    for name in ("model.safetensors", "recovery.html"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_torchrun_writes_once(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
+    assert cli(*arguments(model, text, tmp_path / "whole")).code == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [*launcher, "-m", "attnopt", *arguments(model, text, tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    (summary,) = (v for k, v in json.loads(done.stdout)["summary"].items() if k.startswith("distill"))
+    assert summary["processes"] == 2
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[n], two[n], atol=0.02) for n in one)
