@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnopt.errors import OptionError
+from attnopt.errors import OptionError, UnsupportedError
 from attnopt.planning import (
     file_hashes,
     given_plan,
@@ -259,6 +259,11 @@ def _convert(
         latent = any("mla" in item.provides for item in pipeline.passes)
         latent |= any(site.latent is not None for site in program.site_list)
         check_source(program, options.emit, latent, any(item.reshapes() for item in pipeline.passes))
+        for item in pipeline.passes:
+            if reason := item.unfit(options.emit):
+                raise UnsupportedError(
+                    f"{options.emit} cannot hold what {item.to_text()} makes: {reason}", "use --emit auto, or attnopt"
+                )
         given, profiles = given_plan(source, program, pipeline, options), read_profile(program, options)
         plans = pipeline.plan(program, given, profiles)
         refuse_beyond_budget(program, plans, calibration, options)

@@ -197,6 +197,10 @@ class Pass(Item):
         """Whether it changes more than values: sizes, or what a layer computes. Known before any work is done."""
         return True
 
+    def unfit(self, target: str) -> str | None:
+        """Why a class cannot hold what this pass makes with its options, whatever the model; None if it may."""
+        return None
+
     def wants_text(self, plan: Plan) -> bool:
         """Whether carrying out a plan reads calibration text."""
         return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.helpers import Run
 
 
@@ -20,6 +22,7 @@ def test_bench_beside_an_original(cli: Run, tiny: Path) -> None:
     assert {case["ratio"]["predicted_decode_speed"] for case in document["cases"]} == {1.0}
 
 
+@pytest.mark.slow
 def test_bench_alone_prints_a_table(cli: Run, tiny: Path) -> None:
     told = cli("bench", tiny, "--context", "8", "--steps", "1", "--runs", "1")
     assert told.code == 0, told.err

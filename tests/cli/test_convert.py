@@ -185,6 +185,18 @@ class TestRefusals:
         assert outcome.out == ""
         assert entries(tmp_path) == set()
 
+    @pytest.mark.parametrize(
+        ("option", "reason"), [("lane=false", "constant lane"), ("tables=per-layer", "rope tables")]
+    )
+    def test_what_the_stock_class_cannot_hold_is_refused_before_work_starts(
+        self, cli: Run, tiny: Path, tmp_path: Path, option: str, reason: str
+    ) -> None:
+        outcome = cli("run", tiny, "-p", f"to-mla{{{option}}}", "--emit", "deepseek_v3", "-o", tmp_path / "out")
+        assert outcome.code == 1
+        assert reason in outcome.err
+        assert "calibration text" not in outcome.err, "nothing was sampled"
+        assert entries(tmp_path) == set()
+
     def test_output_is_required(self, cli: Run, tiny: Path) -> None:
         outcome = cli("convert", tiny, "--to", "mla")
         assert outcome.code == 1
@@ -272,7 +284,9 @@ sys.exit(main(sys.argv[2:]))
 
 
 class TestCrash:
-    @pytest.mark.parametrize("saves", [1, 2, 3])
+    @pytest.mark.parametrize(
+        "saves", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+    )
     def test_kill_then_resume_gives_the_same_bytes(self, cli: Run, tiny: Path, tmp_path: Path, saves: int) -> None:
         whole, out = tmp_path / "whole", tmp_path / "out"
         assert cli(*convert_arguments(tiny, whole, None)).code == 0

@@ -81,6 +81,14 @@ class ToMla(Pass):
         for split in self._splits(sites[0]):
             check_split(sites[0], split, self._lane(sites[0]), self.force)
 
+    def unfit(self, target: str) -> str | None:
+        """The stock class has one rope table, and normalises a latent that has no constant lane."""
+        if target != "deepseek_v3":
+            return None
+        if self.tables == "per-layer":
+            return "its layers have rope tables of their own (tables=per-layer)"
+        return "its latent has no constant lane (lane=false)" if self.lane is False else None
+
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """Sizes of each layer; without explicit ones the split is chosen when calibration text is at hand."""
         sites = _convertible(program)

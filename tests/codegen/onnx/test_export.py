@@ -69,7 +69,7 @@ def test_every_family_passes_its_own_check(family: str, form: str, tmp_path: Pat
     assert result.cached_numbers_per_token == captured(family)[1].cached_numbers_per_token
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_32_cached_steps_at_two_batch_sizes(family: str, exported: Callable[[str], Path]) -> None:
     model, decoder = captured(family)[0], OnnxDecoder(exported(family), providers=["CPUExecutionProvider"], block=16)
     generator = torch.Generator().manual_seed(5)
