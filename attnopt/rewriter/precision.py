@@ -34,6 +34,13 @@ def quick_products(device: torch.device | str) -> Iterator[None]:
         yield
 
 
+def quick_now(tensor: torch.Tensor) -> bool:
+    """Whether products of this tensor are quick ones now: float32, inside `quick_products`, without a backward pass."""
+    backend = torch.backends.cuda.matmul if tensor.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    quick = tensor.dtype == torch.float32 and backend.fp32_precision in ("bf16", "tf32")
+    return quick and not (torch.is_grad_enabled() and tensor.requires_grad)
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Products of float32 matrices from float32 factors, inside `quick_products` too."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.rewriter.precision import quick_now
 from attnopt.rewriter.site import AttentionSite, NormSpec, Projection
 
 Reader = Callable[[str], Tensor]
@@ -207,13 +208,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if d_v < d:
         v = F.pad(v, (0, d - d_v))
     grouped = q.shape[1] != k.shape[1]
-    asked, seen = q.shape[2], k.shape[2]
+    asked, seen, dtype = q.shape[2], k.shape[2], q.dtype
+    if quick_now(q):  # a pass without gradients, which multiplies 16-bit factors everywhere else, too
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     if asked == seen:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         mask = torch.ones(asked, seen, dtype=torch.bool, device=q.device).tril(seen - asked)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[..., :d_v]
+    return out[..., :d_v].to(dtype)
 
 
 def paired_order(d: int, rotary: int, offset: int, style: str) -> Tensor:

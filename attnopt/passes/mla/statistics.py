@@ -22,6 +22,7 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.passes.mla.source_layer import SourceLayer
 from attnopt.rewriter import parallel
+from attnopt.rewriter.precision import exact_products
 
 
 def token_weights(hidden: Tensor) -> Tensor:
@@ -39,23 +40,54 @@ def token_weights(hidden: Tensor) -> Tensor:
 class Moment:
     """Weighted second moments of vectors, one per class, with means and weights.
 
+    Most of the energy is in the mean, which the covariance takes out again. So the mean of the first vectors is taken
+    off before anything is multiplied; then float32 products of float32 vectors are exact enough, summed in float64.
+
     Args:
         classes: how many.
         width: p, of the vectors.
+
+    Attributes:
+        weight: sum of the weights per class, [classes].
     """
 
     def __init__(self, classes: int, width: int) -> None:
-        self.second = torch.zeros(classes, width, width, dtype=torch.float64)
-        self.first = torch.zeros(classes, width, dtype=torch.float64)
+        self._second = torch.zeros(classes, width, width, dtype=torch.float64)
+        self._first = torch.zeros(classes, width, dtype=torch.float64)
+        self._shift = torch.zeros(classes, width, dtype=torch.float64)
         self.weight = torch.zeros(classes, dtype=torch.float64)
 
     def add(self, of: int, vectors: Tensor, weights: Tensor) -> None:
         """Add vectors [n, p] with weights [n] >= 0 to class `of`."""
-        # In float64 throughout: most of the energy is in the mean, which the covariance takes out again.
-        vectors, weights = vectors.double(), weights.double().clamp(min=0)
-        self.second[of] += (vectors * weights[:, None]).T @ vectors
-        self.first[of] += weights @ vectors
-        self.weight[of] += weights.sum()
+        weights = weights.to(vectors.dtype).clamp(min=0)
+        total = float(weights.double().sum())
+        if total <= 0:
+            return
+        with exact_products():
+            if not self.weight[of]:
+                self._shift[of] = (weights @ vectors / total).to(self._shift)
+            centred = vectors - self._shift[of].to(vectors)
+            self._second[of] += ((centred * weights[:, None]).T @ centred).to(self._second)
+            self._first[of] += (weights @ centred).to(self._first)
+        self.weight[of] += total
+
+    @property
+    def second(self) -> Tensor:
+        """Sum of w u uᵀ per class, [classes, p, p]."""
+        crossed = self._shift[:, :, None] * self._first[:, None, :]
+        own = self.weight[:, None, None] * self._shift[:, :, None] * self._shift[:, None, :]
+        return self._second + crossed + crossed.mT + own
+
+    @property
+    def first(self) -> Tensor:
+        """Sum of w u per class, [classes, p]."""
+        return self._first + self.weight[:, None] * self._shift
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Second and first sums and weights, such that adding those of others to them in place adds these up."""
+        self._second, self._first = self.second, self.first
+        self._shift = torch.zeros_like(self._shift)
+        return self._second, self._first, self.weight
 
     def uncentred(self) -> Tensor:
         """E[u uᵀ] per class, [classes, p, p]."""
@@ -63,12 +95,13 @@ class Moment:
 
     def mean(self) -> Tensor:
         """E[u] per class, [classes, p]."""
-        return self.first / self.weight.clamp(min=1e-300)[:, None]
+        return self._shift + self._first / self.weight.clamp(min=1e-300)[:, None]
 
     def covariance(self) -> Tensor:
         """E[u uᵀ] - E[u] E[u]ᵀ per class, [classes, p, p]."""
-        mean = self.mean()
-        result = self.uncentred() - mean[:, :, None] * mean[:, None, :]
+        weight = self.weight.clamp(min=1e-300)
+        mean = self._first / weight[:, None]
+        result = self._second / weight[:, None, None] - mean[:, :, None] * mean[:, None, :]
         return (result + result.mT) / 2
 
 
@@ -148,10 +181,10 @@ class LayerStatistics:
 
     def add_up(self) -> None:
         """Sum over all processes, each of which has seen its share of the text."""
-        moments = (self.keys, self.values)
+        moments = (self.keys, self.values) if parallel.world() > 1 else ()
         parallel.add_up(
             self.queries, self.phase, self.phase_weight, self.input_mean, self.input_weight,
-            *(sums for moment in moments for sums in (moment.second, moment.first, moment.weight)),
+            *(sums for moment in moments for sums in moment.sums()),
         )  # fmt: skip
         self.tokens = round(parallel.sum_of(self.tokens)[0])
 
