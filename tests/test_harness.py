@@ -131,6 +131,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attnopt[lm-eval]" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_both_models_side_by_side(fake: Path, tmp_path: Path) -> None:
     first, second = (save_model(tmp_path / name, seed) for seed, name in enumerate("ab"))
     (tmp_path / "text.txt").write_text(" ".join(WORDS))

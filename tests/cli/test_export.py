@@ -11,6 +11,7 @@ from attnopt.codegen.onnx import generate
 from tests.cli.helpers import Run, entries
 
 
+@pytest.mark.slow
 def test_onnx_export_of_a_directory(cli: Run, tiny: Path, tmp_path: Path) -> None:
     done = cli("export", tiny, "--format", "onnx", "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
