@@ -44,16 +44,20 @@ def test_it_helps_after_any_transformation(family: str, pipeline: str) -> None:
 def test_zeros_and_lane_stay() -> None:
     original, program = converted()
     after = fit(program, original, {"epochs": 4}).program
+    changed = []
     for site in program.site_list:
         assert site.latent is not None
         lane = lane_of(site)
         for stored in (site.latent.kv_a.weight, site.latent.kv_a.bias):
             assert stored is not None
             assert torch.equal(program.weights.get(stored)[lane], after.weights.get(stored)[lane])
-            assert not torch.equal(program.weights.get(stored), after.weights.get(stored))
+        stored = site.latent.kv_a.weight
         found = after.sites[site.fqn].latent
         assert found is not None
-        assert found.peak != site.latent.peak
+        if not torch.equal(program.weights.get(stored), after.weights.get(stored)):
+            changed.append(site.fqn)
+            assert found.peak != site.latent.peak
+    assert changed, "a layer that would get worse on held-out text stays as it is, but not all do"
     source = program_of("llama", layers=2)
     pruned = apply(source, "dimap{sparsity=0.4}").program
     fitted = fit(pruned, source).program
