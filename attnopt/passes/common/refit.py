@@ -50,7 +50,8 @@ class Fitted:
     after: float
 
 
-Examples = Sequence[Callable[[], Example]]
+#: Each makes what one step is taken on.
+Examples = Sequence[Callable[[], Sequence[Example]]]
 
 
 def error_of(weights: Mapping[str, Tensor], examples: Examples) -> float:
@@ -58,10 +59,9 @@ def error_of(weights: Mapping[str, Tensor], examples: Examples) -> float:
     error, size = 0.0, 0.0
     with torch.no_grad():
         for make in examples:
-            example = make()
-            each = example.weights[..., None].to(example.target.dtype)
-            error += float((each * (example.output(weights) - example.target) ** 2).sum())
-            size += float((each * example.target**2).sum())
+            for example in make():
+                error += float(_squared(example.output(weights) - example.target, example))
+                size += float(_squared(example.target, example))
     error, size = parallel.sum_of(error, size)
     return error / max(size, 1e-300)
 
@@ -77,15 +77,16 @@ def refit(
     seed: int = 0,
     free: Mapping[str, Tensor] | None = None,
 ) -> Fitted:
-    """Adam on all weights; steps are relative to each one's size, so that one rate fits all matrices and models.
+    """Adam on all weights, one of `train` a step.
 
-    The learning rate is warmed up and then falls to zero as a cosine. The result is never worse on the held-out windows
-    than the start: the best of the start and `checks` points along the way is kept.
+    Steps are relative to each weight's size, so that one rate fits all matrices and models. The learning rate is warmed
+    up and then falls to zero as a cosine. The result is never worse on the held-out windows than the start: the best of
+    the start and `checks` points along the way is kept.
 
     Args:
         start: weights by name.
         train, held_out: examples to fit on and to judge by.
-        epochs: passes over `train`.
+        epochs: passes over `train`. Of several processes, each steps on one of its own examples, all together.
         rate: largest relative step.
         checks: how often the held-out error is looked at, the end included.
         seed: of the order of examples.
@@ -104,21 +105,19 @@ def refit(
     )
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
-    first = train[order[0]]()
-    (scale,) = parallel.sum_of(float((first.weights[..., None] * first.target**2).sum()))
+    (scale,) = parallel.sum_of(sum(float(_squared(example.target, example)) for example in train[order[0]]()))
     scale = max(scale / parallel.world(), 1e-300)
     look = {round(steps * (i + 1) / checks) for i in range(checks)}
     for step, index in enumerate(order):
         factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * factor
-        example = train[index]()
-        with torch.enable_grad():
-            out = example.output(trained)
-            loss = (example.weights[..., None].to(out.dtype) * (out - example.target) ** 2).sum() / scale
-            loss = loss if example.penalty is None else loss + example.penalty(trained)
-            optimizer.zero_grad()
-            loss.backward()
+        optimizer.zero_grad()
+        for example in train[index]():
+            with torch.enable_grad():
+                loss = _squared(example.output(trained) - example.target, example) / scale
+                loss = loss if example.penalty is None else loss + example.penalty(trained)
+                loss.backward()
         for name, mask in (free or {}).items():
             gradient = trained[name].grad
             if gradient is not None:
@@ -132,6 +131,11 @@ def refit(
             if error < best_error:
                 best, best_error = now, error
     return Fitted(best, before, best_error)
+
+
+def _squared(vectors: Tensor, example: Example) -> Tensor:
+    """Weighted sum of squares of vectors [B, S, D]."""
+    return (example.weights[..., None].to(vectors.dtype) * vectors**2).sum()
 
 
 def best_rate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -257,7 +258,7 @@ class _LayerRepair:
         names = trained_weights(site)
         start = {short: found[short] if short in found else self.new.weight(name) for short, name in names.items()}
 
-        def example(place: int) -> Example:
+        def examples(place: int) -> list[Example]:
             batch = self.student.batches[place]
             env = self.student.env(batch)
 
@@ -265,11 +266,11 @@ class _LayerRepair:
                 given = {names[short]: value for short, value in weights.items()}
                 return self.new.evaluate_all(env, [site.nodes.output], weights=given)[site.nodes.output]
 
-            return Example(output, targets[place], importance[place], self._load(env))
+            return [Example(output, targets[place], importance[place], self._load(env))]
 
         pools: dict[bool, list[Any]] = {False: [], True: []}
         for place, batch in enumerate(self.student.batches):
-            pools[batch.held_out].append(lambda place=place: example(place))
+            pools[batch.held_out].append(partial(examples, place))
         fixed = {short: free_of(self.job.new.program, names[short], value) for short, value in start.items()}
         how: dict[str, Any] = {
             "seed": self.job.context.seed + site.layer,

@@ -15,7 +15,7 @@ from attnopt.passes.common.refit import default_epochs
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look
-from attnopt.passes.mla.refit import Example, OutputRidge, refit
+from attnopt.passes.mla.refit import OutputRidge, Window, refit
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.splice import Shape, splice
 from attnopt.passes.mla.statistics import LayerStatistics
@@ -281,32 +281,32 @@ class _LayerJob:
         Not to the targets: what brings the stream back to the source's is mostly out of a layer's reach, and as noise
         in its gradients it would drown the rest.
         """
-        train, held_out = (self._examples(held) for held in (False, True))
+        train, held_out = (self._windows(held) for held in (False, True))
         seed = self.job.context.seed + self.site.layer
         epochs = self.job.settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
-        fitted = refit(layer, self.source, train, held_out, epochs=epochs, seed=seed)
+        layer, fitted = refit(layer, self.source, train, held_out, epochs=epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
-        return fitted.layer
+        return layer
 
     def _peak(self, layer: LatentLayer) -> float:
         """Largest norm of the latent on the text."""
         norms = (layer.latent_norm(self.source, self._input(batch)) for batch in self.stream.batches)
         return parallel.largest_of(max(norms, default=0.0))
 
-    def _examples(self, held_out: bool) -> list[Callable[[], list[Example]]]:
-        """One example for each batch of windows, with its share of the first tokens."""
+    def _windows(self, held_out: bool) -> list[Callable[[], list[Window]]]:
+        """Each batch of windows, with its share of the first tokens."""
         batches = self.stream.batches
         texts = [place for place, b in enumerate(batches) if b.held_out == held_out and not b.lone]
         starts = [place for place, b in enumerate(batches) if b.held_out == held_out and b.lone]
 
-        def example(place: int, rows: slice) -> Example:
+        def window(place: int, rows: slice) -> Window:
             x = self._input(batches[place])[rows]
-            return Example(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows])
+            return Window(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows])
 
-        def make(index: int) -> list[Example]:
+        def make(index: int) -> list[Window]:
             share = slice(index, None, len(texts))
-            lone = [example(place, share) for place in starts if index < len(self.outputs[place])]
-            return [example(texts[index], slice(None)), *lone]
+            lone = [window(place, share) for place in starts if index < len(self.outputs[place])]
+            return [window(texts[index], slice(None)), *lone]
 
         return [partial(make, index) for index in range(len(texts))]
 

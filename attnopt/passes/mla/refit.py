@@ -5,13 +5,15 @@ Both minimise the token-weighted squared difference to a target for the layer's 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
+from attnopt.passes.common import refit as fitting
 from attnopt.passes.mla.layer import LatentLayer
 from attnopt.passes.mla.source_layer import SourceLayer
 from attnopt.rewriter import parallel
@@ -66,8 +68,8 @@ class OutputRidge:
 
 
 @dataclass(frozen=True)
-class Example:
-    """Some windows for a refit, made when needed.
+class Window:
+    """Windows that a layer is fitted to or judged by, made when needed.
 
     Attributes:
         x: attention input [B, S, D].
@@ -79,25 +81,22 @@ class Example:
     target: Tensor
     weights: Tensor
 
+    def example(self, layer: LatentLayer, source: SourceLayer, turn: int | None = None) -> fitting.Example:
+        """These windows for a fit of a layer's weights; with a turn, some queries only, and every turn others."""
+        parts = -(-self.x.shape[1] // QUERIES_PER_STEP)
+        start, stop = 0, self.x.shape[1]
+        if turn is not None:
+            start = turn % parts * QUERIES_PER_STEP
+            stop = min(stop, start + QUERIES_PER_STEP)
 
-@dataclass(frozen=True)
-class Fitted:
-    """Result of a refit.
+        def output(weights: Mapping[str, Tensor]) -> Tensor:
+            return layer.with_tensors(weights).attend(source, self.x[:, :stop], start)
 
-    Attributes:
-        layer: the better of start and end on the selection windows.
-        before, after: weighted relative squared error on the selection windows at the start, and of `layer`.
-        steps: taken.
-    """
-
-    layer: LatentLayer
-    before: float
-    after: float
-    steps: int
+        return fitting.Example(output, self.target[:, start:stop], self.weights[:, start:stop])
 
 
 #: Each makes what one step is taken on.
-Examples = Sequence[Callable[[], Sequence[Example]]]
+Windows = Sequence[Callable[[], Sequence[Window]]]
 
 #: Queries of a window that one step looks at. Attention is most of a step's work, and a part of the queries asks all
 #: weights; the next pass over the text looks at another part.
@@ -109,93 +108,47 @@ TRAINED = (
 )  # fmt: skip
 
 
-def error_of(layer: LatentLayer, source: SourceLayer, examples: Examples) -> float:
-    """Weighted squared error relative to the weighted square of the targets."""
-    error, size = 0.0, 0.0
-    for make in examples:
-        for example in make():
-            error += float(_squared(layer.attend(source, example.x) - example.target, example))
-            size += float(_squared(example.target, example))
-    error, size = parallel.sum_of(error, size)
-    return error / max(size, 1e-300)
-
-
 def refit(
     layer: LatentLayer,
     source: SourceLayer,
-    train: Examples,
-    held_out: Examples,
+    train: Windows,
+    held_out: Windows,
     *,
     epochs: int = 4,
-    rate: float = 0.0015,
-    checks: int = 2,
+    rate: float = fitting.RATE,
     seed: int = 0,
-) -> Fitted:
-    """Fit all weights of a layer with Adam; one example a step, learning rate warmed up and then cosine to zero.
-
-    Steps are relative to each matrix's size, so that one rate fits all matrices and models. The result is never worse
-    on the held-out examples than the start: the best of the start and `checks` points along the way is kept.
+) -> tuple[LatentLayer, fitting.Fitted]:
+    """Fit all weights of a layer with Adam (`attnopt.passes.common.refit`); never worse on the held-out windows.
 
     Args:
         layer: the start.
         source: the layer it was made from.
-        train, held_out: examples to fit on and to judge by.
-        epochs: passes over `train`. Of several processes, each steps on one of its own examples, all together.
-        rate: largest relative step.
-        checks: how often the held-out error is looked at, the end included.
-        seed: of the order of examples.
+        train, held_out: windows to fit on and to judge by.
+        epochs, rate: as there.
+        seed: of the order of windows, and of which queries of each are looked at first.
+
+    Returns:
+        The better of start and end on the held-out windows, and the errors there.
     """
-    before = error_of(layer, source, held_out)
-    best, best_error = layer, before
-    train = train[: parallel.smallest_of(len(train))]  # all processes take equally many steps
-    steps = epochs * len(train)
-    if steps == 0 or before < 1e-12:
-        return Fitted(layer, before, before, 0)
-    trained = {n: t.clone().requires_grad_() for n, t in layer.tensors().items() if n in TRAINED and t.numel()}
+    start = {n: t for n, t in layer.tensors().items() if n in TRAINED and t.numel()}
     if source.normed or source.b_q is None:
-        trained.pop("query_bias", None)  # the emitted layer has none
-    size = {n: max(float(t.detach().pow(2).mean().sqrt()), 1e-4) for n, t in trained.items()}
-    optimizer = torch.optim.Adam(
-        [{"params": [t], "lr": rate * size[n], "full": rate * size[n]} for n, t in trained.items()], betas=(0.9, 0.95)
-    )
+        start.pop("query_bias", None)  # the emitted layer has none
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
-    (scale,) = parallel.sum_of(sum(float(_squared(example.target, example)) for example in train[order[0]]()))
-    scale = max(scale / parallel.world(), 1e-300)
-    looks = [int(n) for n in torch.randint(1 << 16, (len(train),), generator=generator)]  # where each window begins
-    look = {round(steps * (i + 1) / checks) for i in range(checks)}
-    with torch.enable_grad():
-        for step, index in enumerate(order):
-            factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = group["full"] * factor
-            now = layer.with_tensors(trained)
-            optimizer.zero_grad()
-            for example in train[index]():
-                part = _part(example, looks[index])
-                start = part.x.shape[1] - part.target.shape[1]
-                (_squared(now.attend(source, part.x, start) - part.target, part) / scale).backward()
-            looks[index] += 1
-            parallel.average_gradients(trained.values())
-            torch.nn.utils.clip_grad_norm_(list(trained.values()), 1e3)
-            optimizer.step()
-            if step + 1 in look:
-                now = layer.with_tensors({n: t.detach().clone() for n, t in trained.items()})
-                with torch.no_grad():
-                    error = error_of(now, source, held_out)
-                if error < best_error:
-                    best, best_error = now, error
-    return Fitted(best, before, best_error, steps)
+    turns = [count(int(n)) for n in torch.randint(1 << 16, (len(train),), generator=generator)]
 
+    def step(make: Callable[[], Sequence[Window]], turn: Iterator[int]) -> list[fitting.Example]:
+        now = next(turn)
+        return [window.example(layer, source, now) for window in make()]
 
-def _part(example: Example, turn: int) -> Example:
-    """Some queries of an example's windows, and all that they see; the `turn` says which, and all have their turn."""
-    parts = -(-example.x.shape[1] // QUERIES_PER_STEP)
-    start = turn % parts * QUERIES_PER_STEP
-    stop = start + QUERIES_PER_STEP
-    return Example(example.x[:, :stop], example.target[:, start:stop], example.weights[:, start:stop])
+    def judged(make: Callable[[], Sequence[Window]]) -> list[fitting.Example]:
+        return [window.example(layer, source) for window in make()]
 
-
-def _squared(vectors: Tensor, example: Example) -> Tensor:
-    """Weighted sum of squares of vectors [B, S, D]."""
-    return (example.weights[..., None].to(vectors.dtype) * vectors**2).sum()
+    fitted = fitting.refit(
+        start,
+        [partial(step, make, turn) for make, turn in zip(train, turns, strict=True)],
+        [partial(judged, make) for make in held_out],
+        epochs=epochs,
+        rate=rate,
+        seed=seed,
+    )
+    return layer.with_tensors(fitted.weights), fitted

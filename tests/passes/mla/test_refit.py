@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnopt.passes.common import refit as fitting
 from attnopt.passes.mla import refit as module
 from attnopt.passes.mla.layer import LatentLayer, closed_form
-from attnopt.passes.mla.refit import Example, OutputRidge, error_of, refit
+from attnopt.passes.mla.refit import OutputRidge, Window, refit
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import SourceLayer
 from tests.passes.mla.layers import relative, source, statistics, text, weights_of
@@ -21,11 +22,16 @@ def small(layer: SourceLayer) -> LatentLayer:
     return closed_form(stats, choose_table([slot_energies(stats)], 3), 6)[0]
 
 
-def examples(layer: SourceLayer, seed: int, count: int) -> list[partial[list[Example]]]:
-    def example(x: Tensor) -> list[Example]:
-        return [Example(part, layer.attend(part), weights_of(part)) for part in (x, x[:, :1])]
+def examples(layer: SourceLayer, seed: int, count: int) -> list[partial[list[Window]]]:
+    def example(x: Tensor) -> list[Window]:
+        return [Window(part, layer.attend(part), weights_of(part)) for part in (x, x[:, :1])]
 
     return [partial(example, text(layer, batch=2, seed=seed + i)) for i in range(count)]
+
+
+def error_of(layer: LatentLayer, source: SourceLayer, windows: list[partial[list[Window]]]) -> float:
+    makes = [lambda make=make: [window.example(layer, source) for window in make()] for make in windows]
+    return fitting.error_of({}, makes)
 
 
 def test_ridge_is_the_weighted_least_squares_solution() -> None:
@@ -69,20 +75,19 @@ def test_ridge_helps_on_other_text() -> None:
 def test_refit_helps_on_other_text(form: str) -> None:
     layer = source(bias=form == "bias", norms=form == "norms")
     start = small(layer)
-    fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6, rate=0.01)
+    after, fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6, rate=0.01)
     assert fitted.after < 0.99 * fitted.before
-    assert fitted.after == pytest.approx(error_of(fitted.layer, layer, examples(layer, 50, 2)))
-    assert fitted.steps == 48
-    assert torch.equal(fitted.layer.inv_freq, start.inv_freq)
+    assert fitted.after == pytest.approx(error_of(after, layer, examples(layer, 50, 2)))
+    assert torch.equal(after.inv_freq, start.inv_freq)
     if form != "bias":
-        assert torch.equal(fitted.layer.query_bias, start.query_bias)
+        assert torch.equal(after.query_bias, start.query_bias)
 
 
 @pytest.mark.parametrize("rate", [1.0, 30.0])
 def test_refit_is_never_worse_on_held_out_text(rate: float) -> None:
     layer = source()
     start = small(layer)
-    fitted = refit(start, layer, examples(layer, 10, 4), examples(layer, 50, 1), epochs=2, rate=rate)
+    _, fitted = refit(start, layer, examples(layer, 10, 4), examples(layer, 50, 1), epochs=2, rate=rate)
     assert fitted.after <= fitted.before
 
 
@@ -90,19 +95,19 @@ def test_refit_is_repeatable_and_leaves_the_start_alone() -> None:
     layer = source()
     start = small(layer)
     before = {name: tensor.clone() for name, tensor in start.tensors().items()}
-    runs = [refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*(r.layer.tensors().values() for r in runs), strict=True))
+    runs = [refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2)[0] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*(run.tensors().values() for run in runs), strict=True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in start.tensors().items())
-    other = refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2, seed=1)
-    assert not torch.equal(other.layer.w_uv, runs[0].layer.w_uv)
+    other, _ = refit(start, layer, examples(layer, 10, 3), examples(layer, 50, 1), epochs=2, seed=1)
+    assert not torch.equal(other.w_uv, runs[0].w_uv)
 
 
 def test_nothing_to_do_is_nothing_done() -> None:
     layer = source()
     start = small(layer)
-    fitted = refit(start, layer, [], examples(layer, 50, 1))
-    assert fitted.layer is start
-    assert fitted.steps == 0
+    after, fitted = refit(start, layer, [], examples(layer, 50, 1))
+    assert all(torch.equal(a, b) for a, b in zip(after.tensors().values(), start.tensors().values(), strict=True))
+    assert fitted.after == fitted.before
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -117,13 +122,11 @@ def test_some_queries_are_answered_as_in_the_whole_window(norms: bool) -> None:
 def test_every_query_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUERIES_PER_STEP", 20)
     layer = source()
-    x = text(layer)
-    example = Example(x, layer.attend(x), weights_of(x))
-    parts = [module._part(example, turn) for turn in (5, 6, 7, 8)]
+    start, x = small(layer), text(layer)
+    window = Window(x, layer.attend(x), weights_of(x))
+    parts = [window.example(start, layer, turn) for turn in (5, 6, 7, 8)]
     assert [part.target.shape[1] for part in parts] == [8, 20, 20, 8]
-    assert [part.x.shape[1] for part in parts] == [48, 20, 40, 48]
-    assert torch.equal(torch.cat([part.target for part in parts[1:]], 1), example.target)
-    assert torch.equal(torch.cat([part.weights for part in parts[1:]], 1), example.weights)
-    for part in parts:  # what it sees is enough to answer
-        first = part.x.shape[1] - part.target.shape[1]
-        assert relative(layer.attend(part.x)[:, first:], part.target) < 1e-12
+    assert torch.equal(torch.cat([part.target for part in parts[1:]], 1), window.target)
+    assert torch.equal(torch.cat([part.weights for part in parts[1:]], 1), window.weights)
+    whole = window.example(start, layer).output({})
+    assert relative(torch.cat([part.output({}) for part in parts[1:]], 1), whole) < 1e-12

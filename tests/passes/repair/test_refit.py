@@ -78,11 +78,10 @@ def test_the_rate_is_chosen_on_held_out_text() -> None:
     x = torch.randn(8, 4, generator=generator)
     truth = torch.randn(3, 4, generator=generator)
 
-    def example(weights: Any) -> Example:
-        return Example(lambda w: (x @ w["w"].T)[None], (x @ truth.T)[None], torch.ones(1, 8))
+    example = Example(lambda w: (x @ w["w"].T)[None], (x @ truth.T)[None], torch.ones(1, 8))
 
     start = {"w": truth + 0.5}  # far away: the longest steps get there first
-    examples = [lambda: example(None)] * 20
+    examples = [lambda: [example]] * 20
     assert best_rate(start, examples, examples) == RATE * RACE[-1]
     near = {"w": truth.clone()}
     near["w"][0, 0] += 1e-4  # long steps lead away
