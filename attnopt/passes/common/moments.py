@@ -10,12 +10,11 @@ from torch import Tensor
 
 from attnopt.errors import OptionError
 from attnopt.passes.common.reading import output_nodes
-from attnopt.passes.mla.stream import Stream
-from attnopt.progress import bar
+from attnopt.passes.common.stream import Stream
 from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import exact_products, quick_products
+from attnopt.rewriter.precision import exact_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -69,33 +68,25 @@ def measure_moments(program: Program, context: PassContext, why: str) -> Iterato
     check_text(program, context, why)
     runner = LayerRunner(program, context.dtype, context.device)
     stream = Stream(runner, context.calibration.windows, context.calibration.windows[:0], context.dtype, spread=True)
-    with (
-        quick_products(context.device),
-        bar(context.reporter, "measuring heads", len(runner.layers), "layers") as handle,
-    ):
-        for segment in runner.layers:
-            site = segment.site
-            assert site is not None
-            nodes = output_nodes(program, segment)
-            size = site.heads * site.d_v
-            gram = torch.zeros(size, size, dtype=torch.float64, device=context.device)
-            total, count = gram.new_zeros(size), 0.0
-            with runner.load(segment) as loaded:
-                for batch in stream.batches:
-                    env = stream.env(batch)
-                    found = loaded.evaluate_all(env, [nodes.context, site.nodes.output])
-                    z, y = found[nodes.context].flatten(0, -2), found[site.nodes.output]
-                    each = z.new_full((len(z), 1), batch.count)
-                    if nodes.added and y.shape == env.hidden.shape:
-                        each = stream.weights(batch, y).flatten()[:, None].to(z.dtype)
-                    with exact_products():
-                        gram += ((z * each).T @ z).double()
-                    total += (z * each).sum(0).double()
-                    count += float(each.sum())
-                    stream.advance(batch, loaded, y)
-                matrix = loaded.weight(site.o.weight)
-                weight = (matrix if site.o.layout == "conv1d" else matrix.T).double()
-            parallel.add_up(gram, total)
-            (count,) = parallel.sum_of(count)
-            yield site, Moments(gram / count, total / count, weight)
-            context.reporter.advance(handle)
+    for site, loaded in stream.layers(context.reporter, "measuring heads"):
+        nodes = output_nodes(program, loaded.segment)
+        size = site.heads * site.d_v
+        gram = torch.zeros(size, size, dtype=torch.float64, device=context.device)
+        total, count = gram.new_zeros(size), 0.0
+        for batch in stream.batches:
+            env = stream.env(batch)
+            found = loaded.evaluate_all(env, [nodes.context, site.nodes.output])
+            z, y = found[nodes.context].flatten(0, -2), found[site.nodes.output]
+            each = z.new_full((len(z), 1), batch.count)
+            if nodes.added and y.shape == env.hidden.shape:
+                each = stream.weights(batch, y).flatten()[:, None].to(z.dtype)
+            with exact_products():
+                gram += ((z * each).T @ z).double()
+            total += (z * each).sum(0).double()
+            count += float(each.sum())
+            stream.advance(batch, loaded, y)
+        matrix = loaded.weight(site.o.weight)
+        weight = (matrix if site.o.layout == "conv1d" else matrix.T).double()
+        parallel.add_up(gram, total)
+        (count,) = parallel.sum_of(count)
+        yield site, Moments(gram / count, total / count, weight)

@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from attnopt.passes.mla.stream import Stream
+from attnopt.passes.common.stream import Stream
 from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import quick_products
 from attnopt.rewriter.program import Program
 
 
@@ -31,22 +30,15 @@ def with_peaks(program: Program, sites: Collection[str], windows: Tensor, contex
         return program
     found = dict(program.sites)
     runner = LayerRunner(program, context.dtype, context.device)
-    with quick_products(context.device):
-        stream = Stream(runner, windows, windows[:0], context.dtype, spread=True)
-        for segment in runner.layers:
-            site = segment.site
-            assert site is not None
-            with runner.load(segment) as loaded:
-                if site.fqn in wanted:
-                    assert site.latent is not None
-                    op = program.node(site.nodes.attention)
-                    assert isinstance(op.args[2], fx.Node)
-                    name, channels = op.args[2].name, site.latent.kv_lora_rank - int(site.latent.lane)
-                    largest = 0.0
-                    for batch in stream.batches:
-                        codes = loaded.evaluate(stream.env(batch), name)[..., :channels]
-                        largest = max(largest, float(codes.norm(dim=-1).max()))
-                    found[site.fqn] = replace(site, latent=replace(site.latent, peak=parallel.largest_of(largest)))
-                for batch in stream.batches:
-                    stream.advance_unchanged(batch, loaded)
+    stream = Stream(runner, windows, windows[:0], context.dtype, spread=True)
+    for site, loaded in stream.layers(context.reporter, "measuring latents"):
+        if site.fqn not in wanted:
+            continue
+        assert site.latent is not None
+        op = program.node(site.nodes.attention)
+        assert isinstance(op.args[2], fx.Node)
+        name, channels = op.args[2].name, site.latent.kv_lora_rank - int(site.latent.lane)
+        codes = (loaded.evaluate(stream.env(batch), name)[..., :channels] for batch in stream.batches)
+        largest = max((float(code.norm(dim=-1).max()) for code in codes), default=0.0)
+        found[site.fqn] = replace(site, latent=replace(site.latent, peak=parallel.largest_of(largest)))
     return program.replace(sites=found)

@@ -19,7 +19,7 @@ from attnopt.passes.common.free import free_of
 from attnopt.passes.common.reading import OutputNodes, output_nodes
 from attnopt.passes.common.refit import RATE, Example, best_rate, default_epochs, refit
 from attnopt.passes.common.ridge import HeldOut, OutputFit
-from attnopt.passes.mla.stream import Batch, Stream
+from attnopt.passes.common.stream import Batch, Stream
 from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment

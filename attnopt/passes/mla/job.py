@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnopt.errors import UnsupportedError
 from attnopt.passes.common.refit import default_epochs
+from attnopt.passes.common.stream import Batch, Stream
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look
@@ -19,14 +20,11 @@ from attnopt.passes.mla.refit import OutputRidge, Window, refit
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.splice import Shape, splice
 from attnopt.passes.mla.statistics import LayerStatistics
-from attnopt.passes.mla.stream import Batch, Stream
 from attnopt.passes.mla.weights import from_weights, to_weights
-from attnopt.progress import bar
 from attnopt.rewriter import parallel
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 from attnopt.rewriter.weights import Value, evaluate
@@ -101,10 +99,6 @@ class Job:
 
     def run(self) -> Outcome:
         """Convert every layer."""
-        with quick_products(self.context.device):
-            return self._run()
-
-    def _run(self) -> Outcome:
         windows, selection = self.context.calibration.windows, self.context.calibration.selection
         probe = self._probe(windows, selection)
         split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
@@ -115,19 +109,13 @@ class Job:
         if self.settings.follow:
             reference = Stream(self.runner, windows, held_out, self.keep, spread=True)
         records = []
-        reporter = self.context.reporter
-        with bar(reporter, "converting", len(self.runner.layers), "layers") as handle:
-            for segment in self.runner.layers:
-                assert segment.site is not None
-                with self.runner.load(segment) as loaded:
-                    if segment.site.fqn in self.sites:
-                        step = _LayerJob(self, loaded, segment.site, stream, reference, split)
-                        records.append(step.run(self._own_table(probe, segment.site, split, table)))
-                    else:
-                        for each in (stream, reference):
-                            for batch in each.batches if each else ():
-                                stream.advance_unchanged(batch, loaded)
-                reporter.advance(handle)
+        for site, loaded in stream.layers(self.context.reporter, "converting"):
+            if site.fqn in self.sites:
+                step = _LayerJob(self, loaded, site, stream, reference, split)
+                records.append(step.run(self._own_table(probe, site, split, table)))
+            elif reference is not None:
+                for batch in reference.batches:
+                    reference.advance_unchanged(batch, loaded)
         summary = {
             "kv_lora_rank": split.rank,
             "qk_rope_head_dim": split.rope,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.stream import Stream
 from attnopt.passes.mla.budget import HeldOut, Split, split_errors
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import read_source
 from attnopt.passes.mla.statistics import LayerStatistics
-from attnopt.passes.mla.stream import Stream
-from attnopt.progress import Reporter, bar
+from attnopt.progress import Reporter
 from attnopt.rewriter.interpret import LayerRunner
 
 #: Tokens of each pool that are looked at.
@@ -78,34 +78,28 @@ def look(
     stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep, spread=True)
     energies: dict[str, Tensor] = {}
     errors: list[dict[Split, float]] = []
-    with bar(reporter, "looking at the layers", len(runner.layers), "layers") as handle:
-        for segment in runner.layers:
-            site = segment.site
-            with runner.load(segment) as loaded:
-                if site is not None and site.fqn in sites:
-                    source = read_source(site, loaded.weight)
-                    stats = LayerStatistics(source, stride, pooled)
-                    samples, outputs = [], []
-                    for batch in stream.batches:
-                        x = loaded.evaluate(stream.env(batch), site.nodes.input)
-                        output = source.attend(x)
-                        weights = stream.weights(batch, output)
-                        outputs.append(output)
-                        if batch.held_out:
-                            samples.append(HeldOut(x, output, weights, batch.count))
-                        else:
-                            stats.update(x, weights)
-                    stats.add_up()
-                    stats.check()
-                    energies[site.fqn] = slot_energies(stats)
-                    if site.fqn in measured:
-                        errors.append(split_errors(stats, samples, splits, lane))
-                    for batch, output in zip(stream.batches, outputs, strict=True):
-                        stream.advance(batch, loaded, output)
-                else:
-                    for batch in stream.batches:
-                        stream.advance_unchanged(batch, loaded)
-            reporter.advance(handle)
+    for site, loaded in stream.layers(reporter, "looking at the layers"):
+        if site.fqn not in sites:
+            continue
+        source = read_source(site, loaded.weight)
+        stats = LayerStatistics(source, stride, pooled)
+        samples, outputs = [], []
+        for batch in stream.batches:
+            x = loaded.evaluate(stream.env(batch), site.nodes.input)
+            output = source.attend(x)
+            weights = stream.weights(batch, output)
+            outputs.append(output)
+            if batch.held_out:
+                samples.append(HeldOut(x, output, weights, batch.count))
+            else:
+                stats.update(x, weights)
+        stats.add_up()
+        stats.check()
+        energies[site.fqn] = slot_energies(stats)
+        if site.fqn in measured:
+            errors.append(split_errors(stats, samples, splits, lane))
+        for batch, output in zip(stream.batches, outputs, strict=True):
+            stream.advance(batch, loaded, output)
     totals = {split: sum(layer[split] for layer in errors) for split in splits} if errors else {}
     return Probe(energies, totals)
 

@@ -16,12 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.stream import token_weights
 from attnopt.passes.mla.budget import ROPE_SHARES, kept_numbers, turning_pairs
 from attnopt.passes.mla.layer import closed_form_blocks, common_moment
 from attnopt.passes.mla.lowrank import Block, joint
 from attnopt.passes.mla.slots import choose_table, normalised, phase_coefficients, slot_energies, take_slots
 from attnopt.passes.mla.source_layer import read_source
-from attnopt.passes.mla.statistics import LayerStatistics, token_weights
+from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.passes.mla.support import obstacle
 from attnopt.profiles.metric import SiteMetric
 from attnopt.profiles.profile import MetricInfo

@@ -25,18 +25,6 @@ from attnopt.rewriter import parallel
 from attnopt.rewriter.precision import exact_products
 
 
-def token_weights(hidden: Tensor) -> Tensor:
-    """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
-
-    Args:
-        hidden: the residual stream after the attention was added, [B, S, D].
-
-    Returns:
-        [B, S], positive.
-    """
-    return 1 / hidden.float().pow(2).mean(-1).clamp(min=1e-12)
-
-
 class Moment:
     """Weighted second moments of vectors, one per class, with means and weights.
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.passes.common.reading import output_nodes
-from attnopt.passes.mla.stream import Stream
-from attnopt.progress import bar
+from attnopt.passes.common.stream import Stream
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import exact_products, quick_products
+from attnopt.rewriter.precision import exact_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -56,21 +55,11 @@ def fit_routers(
     runner = LayerRunner(program, context.dtype, context.device)
     text = context.calibration.windows
     stream = Stream(runner, text, text[:0], context.dtype)
-    found = {}
-    with (
-        quick_products(context.device),
-        bar(context.reporter, "fitting routers", len(runner.layers), "layers") as handle,
-    ):
-        for segment in runner.layers:
-            site = segment.site
-            assert site is not None
-            with runner.load(segment) as loaded:
-                if site.fqn in units:
-                    found[site.fqn] = _fit(program, loaded, stream, site, *units[site.fqn])
-                for batch in stream.batches:
-                    stream.advance_unchanged(batch, loaded)
-            context.reporter.advance(handle)
-    return found
+    return {
+        site.fqn: _fit(program, loaded, stream, site, *units[site.fqn])
+        for site, loaded in stream.layers(context.reporter, "fitting routers")
+        if site.fqn in units
+    }
 
 
 def _fit(

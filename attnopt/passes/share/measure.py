@@ -11,13 +11,12 @@ from torch import Tensor, fx
 
 from attnopt.passes.common.reading import output_nodes
 from attnopt.passes.common.ridge import OutputFit
-from attnopt.passes.mla.stream import Stream
+from attnopt.passes.common.stream import Stream
 from attnopt.passes.share.align import align_heads, attention_rows, consumer_order, row_correlation
-from attnopt.progress import bar
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.ops.attention import attention_reference
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import exact_products, quick_products
+from attnopt.rewriter.precision import exact_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -76,24 +75,13 @@ def measure_edges(
     last_use = {i: j for j, sources in sorted(wanted.items()) for i in sources}
     kept: dict[int, _Kept] = {}
     found: list[Edge] = []
-    with (
-        quick_products(context.device),
-        bar(context.reporter, "measuring edges", len(runner.layers), "layers") as handle,
-    ):
-        for segment in runner.layers:
-            site = segment.site
-            assert site is not None
-            with runner.load(segment) as loaded:
-                if site.layer in last_use or site.layer in wanted:
-                    kept[site.layer] = _Kept(site, [_operands(program, loaded, stream, b) for b in stream.batches])
-                consumer = _Consumer(program, loaded, stream, kept[site.layer]) if site.layer in wanted else None
-                for source in wanted.get(site.layer, ()):
-                    assert consumer is not None
-                    found.append(consumer.measure(kept[source], edge, align))
-                for batch in stream.batches:
-                    stream.advance_unchanged(batch, loaded)
-            kept = {i: one for i, one in kept.items() if last_use.get(i, -1) > site.layer}
-            context.reporter.advance(handle)
+    for site, loaded in stream.layers(context.reporter, "measuring edges"):
+        if site.layer in last_use or site.layer in wanted:
+            kept[site.layer] = _Kept(site, [_operands(program, loaded, stream, b) for b in stream.batches])
+        if site.layer in wanted:
+            consumer = _Consumer(program, loaded, stream, kept[site.layer])
+            found += [consumer.measure(kept[source], edge, align) for source in wanted[site.layer]]
+        kept = {i: one for i, one in kept.items() if last_use.get(i, -1) > site.layer}
     return found
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
+from attnopt.passes.common.stream import token_weights
 from attnopt.passes.mla.source_layer import SourceLayer
-from attnopt.passes.mla.statistics import LayerStatistics, Moment, token_weights
+from attnopt.passes.mla.statistics import LayerStatistics, Moment
 from tests.passes.mla.layers import relative, source, statistics, text, weights_of
 
 

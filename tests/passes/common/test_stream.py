@@ -1,11 +1,12 @@
-"""The tokens that are sent through alone, as first tokens."""
+"""Text on its way through the layers, and the tokens that are sent through alone, as first tokens."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attnopt.passes.mla.stream import FIRST_TOKEN_SHARE, FIRST_TOKEN_STRIDE, Stream, first_tokens
+from attnopt.passes.common.stream import FIRST_TOKEN_SHARE, FIRST_TOKEN_STRIDE, Stream, first_tokens
+from attnopt.progress import Silent
 from attnopt.rewriter.interpret import LayerRunner
 from tests import models
 
@@ -36,3 +37,18 @@ def test_first_tokens_weigh_their_share_of_the_text() -> None:
     batch = stream.batches[0]
     hidden = stream.env(batch).hidden
     assert torch.equal(stream.weights(batch, -hidden + 2), torch.full(hidden.shape[:2], 0.25))
+
+
+@torch.no_grad()
+def test_what_the_caller_does_not_send_goes_through_as_it_is() -> None:
+    windows = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    runner = LayerRunner(models.captured("llama")[1])
+    left, sent = (Stream(runner, windows, windows[:0], torch.float32) for _ in range(2))
+    seen = [site.layer for site, _ in left.layers(Silent(), "looking")]
+    assert seen == list(range(len(runner.layers)))
+    for site, layer in sent.layers(Silent(), "looking"):
+        for batch in sent.batches[:1] if site.layer else sent.batches:
+            sent.advance(batch, layer, layer.evaluate(sent.env(batch), site.nodes.output))
+    for mine, theirs in zip(left.batches, sent.batches, strict=True):
+        assert mine.passed == theirs.passed == len(runner.layers)
+        assert torch.allclose(mine.env.hidden, theirs.env.hidden, atol=1e-5)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnopt.passes.mla.statistics import token_weights
+from attnopt.progress import Reporter, bar
 from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
+from attnopt.rewriter.precision import quick_products
+from attnopt.rewriter.site import AttentionSite
 
 #: Share of the text that first tokens count for. Attention sinks sit there (Xiao et al., arXiv 2309.17453): every later
 #: token reads the first one, and an error in it changes all of them.
@@ -18,6 +21,18 @@ FIRST_TOKEN_SHARE = 0.25
 FIRST_TOKEN_STRIDE = 16
 #: Tokens that go through a layer at once: enough to keep the processor busy, few enough for little memory.
 TOKENS_AT_ONCE = 1024
+
+
+def token_weights(hidden: Tensor) -> Tensor:
+    """l_i = 1 / mean-square(h_i): the next norm divides by the residual stream's size, and so it does its errors.
+
+    Args:
+        hidden: the residual stream after the attention was added, [B, S, D].
+
+    Returns:
+        [B, S], positive.
+    """
+    return 1 / hidden.float().pow(2).mean(-1).clamp(min=1e-12)
 
 
 @dataclass(eq=False)
@@ -29,12 +44,14 @@ class Batch:
         held_out: True for windows that results are judged by, False for those they are fitted on.
         count: how many tokens each of its tokens stands for.
         lone: True for windows of one token.
+        passed: how many layers it has gone through.
     """
 
     env: Env
     held_out: bool
     count: float
     lone: bool
+    passed: int = 0
 
 
 def first_tokens(windows: Tensor) -> Tensor:
@@ -93,12 +110,36 @@ class Stream:
     def advance(self, batch: Batch, layer: LoadedSegment, output: Tensor) -> None:
         """Send a batch through a layer whose attention gives `output`."""
         assert layer.segment.site is not None
-        env = layer.advance(self.env(batch), overrides={layer.segment.site.nodes.output: output})
-        batch.env = self._store(env)
+        self._sent(batch, layer.advance(self.env(batch), overrides={layer.segment.site.nodes.output: output}))
 
     def advance_unchanged(self, batch: Batch, layer: LoadedSegment) -> None:
         """Send a batch through a layer as it is."""
-        batch.env = self._store(layer.advance(self.env(batch)))
+        self._sent(batch, layer.advance(self.env(batch)))
+
+    def layers(self, reporter: Reporter, what: str) -> Iterator[tuple[AttentionSite, LoadedSegment]]:
+        """Every layer in turn, with all batches before it.
+
+        Batches that the caller does not send through a layer then go through it as it is. Products are quick ones
+        meanwhile (`attnopt.rewriter.precision`).
+
+        Args:
+            reporter: told of the layers done.
+            what: is being done, for people.
+        """
+        total = len(self.runner.layers)
+        with quick_products(self.runner.device), bar(reporter, what, total, "layers") as handle:
+            for index, segment in enumerate(self.runner.layers):
+                assert segment.site is not None
+                with self.runner.load(segment) as layer:
+                    yield segment.site, layer
+                    for batch in self.batches:
+                        if batch.passed == index:
+                            self.advance_unchanged(batch, layer)
+                reporter.advance(handle)
+
+    def _sent(self, batch: Batch, env: Env) -> None:
+        batch.env = self._store(env)
+        batch.passed += 1
 
     def _store(self, env: Env) -> Env:
         return env.with_hidden(env.hidden.to(self.keep))
