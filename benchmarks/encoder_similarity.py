@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mla_quality import MARKS, first_half
+from judging import first_half, plain
 
 #: name -> (method, options, mean cosine to reach). Figures are for all-MiniLM-L6-v2: 6 layers of 12 heads.
 ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
@@ -28,9 +28,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
 def sentences(text: Path, count: int) -> list[str]:
     """Sentences of the second half, of 8 to 60 words, spread over it."""
     content = text.read_text(encoding="utf-8")
-    content = content[len(content) // 2 :]
-    for mark, plain in MARKS:
-        content = content.replace(mark, plain)
+    content = plain(content[len(content) // 2 :])
     found = [s.strip() for line in content.splitlines() for s in line.split(" . ") if 8 <= len(s.split()) <= 60]
     return found[:: max(1, len(found) // count)][:count]
 

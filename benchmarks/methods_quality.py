@@ -5,23 +5,20 @@
 
 The first half of the text calibrates, the second half judges. Every result is written; all are loaded in one fresh
 process and compared there with the original. `--decode` measures tokens per second of both models, turn by turn in one
-process. Prints JSON; rows not yet judged go to stderr as they are made. With `--work`, conversions are kept there, and
-those of the same settings that are there already are only judged.
+process, and the bytes of their caches. Prints JSON; rows not yet judged go to stderr as they are made. With `--work`,
+conversions are kept there, and those of the same settings that are there already are only judged.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
-import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mla_quality import first_half, measure
+from judging import calibration, document, first_half, folder_of, judged, kept_row, parser
 
 #: name -> (method, options, ln(perplexity ratio) to reach; None where it is only reported). Figures are for
 #: SmolLM2-135M: 30 layers of 9 query and 3 key/value heads.
@@ -45,26 +42,10 @@ ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
 }
 
 
-def converted(arguments: argparse.Namespace, name: str, calib: Path, out: Path) -> dict[str, Any]:
-    """The row of a conversion that is there already, or else of one that is made now."""
-    settings = {n: getattr(arguments, n) for n in ("model", "calib_tokens", "context", "seed")} | {
-        "row": ROWS[name][:2]
-    }
-    note = out.parent / f"{out.name}.json"
-    if note.exists() and out.exists():
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        if kept["settings"] == json.loads(json.dumps(settings)):
-            row: dict[str, Any] = kept["row"]
-            return row
-    row = convert(arguments, name, calib, out)
-    note.write_text(json.dumps({"settings": settings, "row": row}), encoding="utf-8")
-    return row
-
-
-def convert(arguments: argparse.Namespace, name: str, calib: Path, out: Path) -> dict[str, Any]:
+def convert(arguments: argparse.Namespace, name: str, text: Path, out: Path) -> dict[str, Any]:
     """One conversion; a row without the quality."""
     from attnopt import api
-    from attnopt.conversion import CalibrationOptions, RunOptions
+    from attnopt.conversion import RunOptions
 
     method, options, floor = ROWS[name]
     began = time.perf_counter()
@@ -73,7 +54,7 @@ def convert(arguments: argparse.Namespace, name: str, calib: Path, out: Path) ->
         out,
         to=method,
         method_options=options,
-        calibration=CalibrationOptions((calib,), arguments.calib_tokens, arguments.context, arguments.seed),
+        calibration=calibration(arguments, text),
         options=RunOptions(overwrite=True),
     )
     return {
@@ -87,77 +68,33 @@ def convert(arguments: argparse.Namespace, name: str, calib: Path, out: Path) ->
     }
 
 
-def decode_speed(original: str, out: Path, context: int = 512, steps: int = 24, rounds: int = 5) -> dict[str, Any]:
-    """Tokens per second of greedy decoding behind a prompt, median of rounds, the models taking turns."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def decoding(original: str, out: Path) -> dict[str, Any]:
+    """Speed of decoding and bytes of the cache, the models taking turns."""
+    from attnopt.evaluate import ModelSpec
+    from attnopt.timing import BenchJob, bench, bench_report
 
-    import attnopt  # noqa: F401 (registers our class)
-
-    models = {
-        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for name, path in (("original", original), ("converted", str(out)))
-    }
-    ids = torch.randint(100, 20000, (1, context), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    cached = {}
-    with torch.no_grad():
-        for _ in range(rounds):
-            for name, model in models.items():
-                state = model(ids, use_cache=True).past_key_values
-                token = ids[:, -1:]
-                began = time.perf_counter()
-                for _ in range(steps):
-                    output = model(token, past_key_values=state, use_cache=True)
-                    token = output.logits[:, -1:].argmax(-1)
-                seconds[name].append((time.perf_counter() - began) / steps)
-                cached[name] = sum(
-                    part.numel() * part.element_size()
-                    for layer in state.layers
-                    if layer.is_initialized
-                    for part in (layer.keys, layer.values)
-                )
-    speed = {name: 1 / statistics.median(times) for name, times in seconds.items()}
-    return {
-        "context": context,
-        "threads": torch.get_num_threads(),
-        "tokens_per_second": speed,
-        "speed_ratio": speed["converted"] / speed["original"],
-        "cache_bytes": cached,
-    }
+    models = (ModelSpec("original", original), ModelSpec("converted", str(out)))
+    (case,) = bench_report(bench(BenchJob(models, contexts=(512,), steps=64, dtype="float32")))["cases"]
+    return dict(case)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="model directory or .gguf file")
-    parser.add_argument("--text", type=Path, required=True, help="a WikiText file with its marks")
-    parser.add_argument("--only", action="append", help="rows whose name begins so; may be repeated")
-    parser.add_argument("--decode", action="store_true", help="measure decoding speed as well")
-    parser.add_argument("--calib-tokens", type=int, default=65536)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="directory in which to keep conversions, and to find them")
-    arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    outs: list[Path] = []
-    with tempfile.TemporaryDirectory(prefix="attnopt-methods-") as folder_name:
-        folder = arguments.work or Path(folder_name)
-        folder.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__)
+    options.add_argument("--only", action="append", help="rows whose name begins so; may be repeated")
+    options.add_argument("--decode", action="store_true", help="measure decoding as well")
+    arguments = options.parse_args()
+    rows, outs = [], []
+    with folder_of(arguments) as folder:
         half = first_half(arguments.text, folder)
         for name in ROWS:
             if arguments.only and not any(name.startswith(start) for start in arguments.only):
                 continue
             outs.append(folder / re.sub(r"\W+", "-", name))
-            rows.append(converted(arguments, name, half, outs[-1]))
-            if arguments.decode:
-                rows[-1]["decode"] = decode_speed(arguments.model, outs[-1])
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        rows = [{**row, **quality} for row, quality in zip(rows, measure(arguments, outs), strict=True)]
-    settings = {n: getattr(arguments, n) for n in ("calib_tokens", "context", "window", "windows", "seed")}
-    document = {"schema": "attnopt.methods_quality/1", "model": arguments.model, **settings, "rows": rows}
-    print(json.dumps(document, indent=2))
+            rows.append(kept_row(arguments, outs[-1], partial(convert, arguments, name, half), row=ROWS[name][:2]))
+        rows = judged(arguments, rows, outs)
+        if arguments.decode:
+            rows = [{**row, "decode": decoding(arguments.model, out)} for row, out in zip(rows, outs, strict=True)]
+    print(document("methods_quality", arguments, rows))
 
 
 if __name__ == "__main__":
