@@ -77,22 +77,12 @@ class Inspection:
 
 def site_json(site: AttentionSite) -> dict[str, Any]:
     """One attention layer as JSON values."""
-    found: dict[str, Any] = {
-        "fqn": site.fqn,
-        "layer": site.layer,
-        "kind": site.kind,
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.d_qk,
-        "value_dim": site.d_v,
+    found = site.facts() | {
         "scale": site.scale,
         "rope": _rope_json(site.rope),
-        "causal": site.mask.causal,
-        "window": site.mask.window,
         "softcap": site.mask.softcap,
         "qk_norm": site.q_norm.scope if site.q_norm else None,
         "cache": [{"name": e.name, "heads": e.heads, "width": e.width} for e in site.cache.entries],
-        "cached_numbers_per_token": site.cached_numbers_per_token,
     }
     if site.latent is not None:
         found["kv_lora_rank"] = site.latent.kv_lora_rank

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from attnopt.profiles.stability import stability
 from attnopt.progress import Reporter, Silent
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.program import Program
-from attnopt.rewriter.site import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def _assemble(
             "recent": recent,
             "group_max_error": MAX_ERROR,
         },
-        sites=tuple(site_facts(site) for site in program.site_list),
+        sites=tuple(site.facts() for site in program.site_list),
         metrics=dict(sorted(infos.items())),
         tensors=tensors,
         absent=_absent(described, infos, program, options, site_metrics),
@@ -193,22 +191,6 @@ def _absent(
             reasons = ["latent attention shares its keys' weights between heads"]
         result[name] = next((reason for reason in reasons if reason), "it makes no sense for this model's layers")
     return result
-
-
-def site_facts(site: AttentionSite) -> dict[str, Any]:
-    """What a profile says of a layer."""
-    return {
-        "fqn": site.fqn,
-        "layer": site.layer,
-        "kind": site.kind,
-        "heads": site.heads,
-        "kv_heads": site.kv_heads,
-        "head_dim": site.d_qk,
-        "value_dim": site.d_v,
-        "causal": site.mask.causal,
-        "window": site.mask.window,
-        "cached_numbers_per_token": site.cached_numbers_per_token,
-    }
 
 
 def require_finite(profile: Profile) -> None:

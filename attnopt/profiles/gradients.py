@@ -17,10 +17,10 @@ from torch import Tensor
 
 from attnopt.profiles.layers import LayerReader
 from attnopt.profiles.memory import give_back
-from attnopt.profiles.metric import Collected, Metric
+from attnopt.profiles.metric import Collected, Metric, measured
 from attnopt.profiles.metrics.gradient import MapInfluence, Michel
 from attnopt.profiles.prompts import Prompts
-from attnopt.profiles.view import LayerView, RowBlock
+from attnopt.profiles.view import LayerView
 from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 
@@ -142,14 +142,8 @@ class BackwardPass:
         return found
 
     def _measure(self, index: int, prompt: int, view: LayerView) -> None:
-        metrics = [kind(view) for kind in BACKWARD if kind.obstacle(view.site) is None]
-        with_map = [metric for metric in metrics if metric.uses_map]
-        for first, weights in view.call.blocks():
-            block = RowBlock(view, first, weights)
-            for metric in with_map:
-                metric.update(block)
-        for metric in metrics:
-            self.found.add(prompt, index, metric.result())
+        for _, values in measured(BACKWARD, view):
+            self.found.add(prompt, index, values)
 
     def _leaves(self, env: Env, index: int) -> dict[str, Tensor]:
         """What needs a gradient before layer `index`: what earlier layers made. Before the first, nothing does."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnopt.profiles.layers import LayerReader, Opened
 from attnopt.profiles.memory import give_back
-from attnopt.profiles.metric import Collected, Metric, SiteMetric
+from attnopt.profiles.metric import Collected, Metric, SiteMetric, measured
 from attnopt.profiles.metrics.block_influence import BlockInfluence
 from attnopt.profiles.metrics.contribution import Contribution
 from attnopt.profiles.metrics.entropy import Entropy
@@ -28,7 +28,6 @@ from attnopt.profiles.metrics.thumbnail import Thumbnail
 from attnopt.profiles.pairs.compare import LayerComparison
 from attnopt.profiles.pairs.rows import affordable
 from attnopt.profiles.prompts import Prompts
-from attnopt.profiles.view import RowBlock
 from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 
@@ -142,15 +141,9 @@ class ForwardPass:
         view = opened.view
         self.found.tokens[index] = max(self.found.tokens[index], view.geometry.length)
         kinds = FORWARD + (FIRST_ONLY if place == 0 else ())
-        metrics = [kind(view) for kind in kinds if kind.obstacle(view.site) is None]
-        with_map = [metric for metric in metrics if metric.uses_map]
-        for first, weights in view.call.blocks():
-            block = RowBlock(view, first, weights)
-            for metric in with_map:
-                metric.update(block)
-        for metric in metrics:
+        for metric, values in measured(kinds, view):
             of = self.found.first if isinstance(metric, FIRST_ONLY) else self.found.forward
-            of.add(place, index, metric.result())
+            of.add(place, index, values)
 
     def _compare(self, place: int, opened: Opened) -> None:
         if self.comparison is None and place == 0:

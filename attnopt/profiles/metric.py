@@ -7,7 +7,7 @@ they pass, and gives its values at the end. Means and spreads over prompts are t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,17 @@ class Metric(ABC):
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
         """Its values by name, with the axes described but the site's."""
+
+
+def measured(kinds: Iterable[type[Metric]], view: LayerView) -> Iterator[tuple[Metric, dict[str, Tensor]]]:
+    """The metrics that make sense for a layer, with their values; its map passes once for all, in blocks of rows."""
+    metrics = [kind(view) for kind in kinds if kind.obstacle(view.site) is None]
+    with_map = [metric for metric in metrics if metric.uses_map]
+    for first, weights in view.call.blocks():
+        block = RowBlock(view, first, weights)
+        for metric in with_map:
+            metric.update(block)
+    return ((metric, metric.result()) for metric in metrics)
 
 
 class SiteMetric(ABC):

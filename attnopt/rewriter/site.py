@@ -7,7 +7,7 @@ established is an error at capture time, never None meaning "unknown": None mean
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["mha", "gqa", "mqa", "mla"]
 
@@ -307,3 +307,18 @@ class AttentionSite:
     def cached_numbers_per_token(self) -> int:
         """Cached numbers per token in this layer."""
         return self.cache.numbers_per_token
+
+    def facts(self) -> dict[str, Any]:
+        """What every document says of a layer, as JSON values."""
+        return {
+            "fqn": self.fqn,
+            "layer": self.layer,
+            "kind": self.kind,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.d_qk,
+            "value_dim": self.d_v,
+            "causal": self.mask.causal,
+            "window": self.mask.window,
+            "cached_numbers_per_token": self.cached_numbers_per_token,
+        }
