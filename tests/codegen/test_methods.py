@@ -154,7 +154,7 @@ print(json.dumps([type(model).__name__, logits.flatten().tolist(), text.tolist()
 
 @pytest.mark.parametrize(("pipeline", "name"), [
     ("share{fraction=0.5},prune{keep-heads=0.5},moh{active=0.5}", "AttnoptForCausalLM"),
-    ("prune{keep-heads=0.5}", "LlamaForCausalLM"),
+    pytest.param("prune{keep-heads=0.5}", "LlamaForCausalLM", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_fresh_process_computes_the_same(pipeline: str, name: str, tmp_path: Path) -> None:
     program = apply(program_of("llama"), pipeline).program

@@ -243,7 +243,7 @@ with Dying(Path(sys.argv[1]), key="k") as staging:
 """
 
 
-@pytest.mark.parametrize("step", ["probe", "layer-0000"])
+@pytest.mark.parametrize("step", [pytest.param("probe", marks=pytest.mark.slow), "layer-0000"])
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, step: str) -> None:
     _, program = models.captured("llama")
     whole = convert(program, kv_keep=0.5, recover="refit", epochs=1).program
