@@ -2,7 +2,7 @@
 
 Both programs run side by side on the calibration text: the rewritten one on what its own, already repaired layers give,
 the one before on its own. Closed form: each layer's output projection, its bias and what idle heads add are fitted by
-least squares. Refit: after that all weights of the layer's attention by Adam.
+least squares. Refit: after that all weights of the layer's attention by gradient steps (`attnopt.passes.common.refit`).
 """
 
 from __future__ import annotations

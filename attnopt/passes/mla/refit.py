@@ -1,4 +1,4 @@
-"""Recovery of one layer on calibration text: output projection by ridge regression, then all weights by Adam.
+"""Recovery of one layer on calibration text: output projection by ridge regression, then all weights by gradient steps.
 
 Both minimise the token-weighted squared difference to a target for the layer's output; targets are the caller's.
 """
@@ -118,7 +118,7 @@ def refit(
     rate: float = fitting.RATE,
     seed: int = 0,
 ) -> tuple[LatentLayer, fitting.Fitted]:
-    """Fit all weights of a layer with Adam (`attnopt.passes.common.refit`); never worse on the held-out windows.
+    """Fit all weights of a layer (`attnopt.passes.common.refit`); never worse on the held-out windows.
 
     Args:
         layer: the start.

@@ -22,14 +22,14 @@ class Refit(Pass):
     """Fit the attention layer by layer to the original's, on the stream that the rewritten layers really give.
 
     First in closed form: output projections and biases by least squares. Then all weights of each changed layer by
-    Adam; its rate, and where it stops, are chosen on held-out text. No layer ends worse there than it began.
+    gradient steps; their rate, and where it stops, are chosen on held-out text. No layer ends worse there than it began.
     """
 
     name: ClassVar[str] = "refit"
     section: ClassVar[str] = "refit"
     may_change_nothing: ClassVar[bool] = True
 
-    epochs: int | None = option(None, help="passes over the text; as many as fit 131,072 tokens, at most 4", minimum=1)
+    epochs: int | None = option(None, help="passes over the text; as many as fit 262,144 tokens, at most 8", minimum=1)
     rate: float | None = option(
         None, help="largest step, relative to the size of each weight; chosen on held-out text if none", minimum=0
     )
@@ -39,7 +39,7 @@ class Refit(Pass):
     layers: Literal["all", "changed"] = option(
         "all", help="which output projections are fitted; weights besides them only in layers that have changed"
     )
-    gradients: bool = option(True, help="fit by Adam after the closed form")
+    gradients: bool = option(True, help="take gradient steps after the closed form")
 
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """Every layer; which of them the passes before have changed is not known yet."""

@@ -75,7 +75,7 @@ def test_ridge_helps_on_other_text() -> None:
 def test_refit_helps_on_other_text(form: str) -> None:
     layer = source(bias=form == "bias", norms=form == "norms")
     start = small(layer)
-    after, fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6, rate=0.01)
+    after, fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6)
     assert fitted.after < 0.99 * fitted.before
     assert fitted.after == pytest.approx(error_of(after, layer, examples(layer, 50, 2)))
     assert torch.equal(after.inv_freq, start.inv_freq)
