@@ -22,7 +22,8 @@ class Refit(Pass):
     """Fit the attention layer by layer to the original's, on the stream that the rewritten layers really give.
 
     First in closed form: output projections and biases by least squares. Then all weights of each changed layer by
-    gradient steps; their rate, and where it stops, are chosen on held-out text. No layer ends worse there than it began.
+    gradient steps; their rate, and where they stop, are chosen on held-out text. No layer ends worse there than it
+    began.
     """
 
     name: ClassVar[str] = "refit"
