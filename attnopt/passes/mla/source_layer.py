@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnopt.rewriter.ops.attention import fused_attention
 from attnopt.rewriter.precision import quick_now
 from attnopt.rewriter.site import AttentionSite, NormSpec, Projection
 
@@ -201,22 +202,13 @@ def _turns(inv_freq: tuple[float, ...], length: int, dtype: torch.dtype, device:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal softmax attention of [B, H, S, d], [B, G, T, d], [B, G, T, d_v] -> [B, H, S, d_v].
 
-    The queries are those of the last S of the T positions. Values are padded to the width of the keys where that is
-    wider: torch's fused kernel wants equal widths.
+    The queries are those of the last S of the T positions.
     """
-    d, d_v = q.shape[-1], v.shape[-1]
-    if d_v < d:
-        v = F.pad(v, (0, d - d_v))
-    grouped = q.shape[1] != k.shape[1]
     asked, seen, dtype = q.shape[2], k.shape[2], q.dtype
     if quick_now(q):  # a pass without gradients, which multiplies 16-bit factors everywhere else, too
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    if asked == seen:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    else:
-        mask = torch.ones(asked, seen, dtype=torch.bool, device=q.device).tril(seen - asked)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[..., :d_v].to(dtype)
+    some = None if asked == seen else torch.ones(asked, seen, dtype=torch.bool, device=q.device).tril(seen - asked)
+    return fused_attention(q, k, v, some is None, scale, some).to(dtype)
 
 
 def paired_order(d: int, rotary: int, offset: int, style: str) -> Tensor:

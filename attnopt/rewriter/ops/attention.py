@@ -72,6 +72,26 @@ def explicit_attention(
     return torch.matmul(weights.to(v.dtype), v)
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, seen: Tensor | None = None) -> Tensor:
+    """torch's own attention, without S x T weights in memory where it has a kernel for that.
+
+    Args:
+        q, k, v: [B, H, S, d], [B, G, T, d] and [B, G, T, dv].
+        causal: query i sees keys up to i; S = T.
+        seen: what else queries see, bool, broadcastable to [B, H, S, T]; or None.
+
+    Returns:
+        [B, H, S, dv].
+    """
+    width = v.shape[3]
+    if q.device.type == "cpu" and width != q.shape[3]:  # that kernel wants one width; the other takes twice as long
+        widest = max(width, q.shape[3])
+        q, k, v = (torch.nn.functional.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, 0.0, causal, scale=scale, enable_gqa=grouped)
+    return out[..., :width]
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -106,10 +126,7 @@ def attention_reference(
     plain = softcap <= 0 and sinks is None
     aligned = q_pos is None and queries == keys and bias is None and window <= 0
     if plain and aligned and q.dtype == k.dtype == v.dtype:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=repeats > 1
-        )
-        return out.transpose(1, 2).contiguous()
+        return fused_attention(q, k, v, causal, scale).transpose(1, 2).contiguous()
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     seen = visible_keys(queries, keys, q_pos, causal, window, q.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnopt.rewriter.ops.attention import explicit_attention, visible_keys
+from attnopt.rewriter.ops.attention import explicit_attention, fused_attention, visible_keys
 from attnopt.rewriter.ops.autograd import register_reference_autograd
 
 
@@ -66,7 +66,7 @@ def latent_attention_reference(
         v = torch.matmul(latent[:, None], w_uv.transpose(-1, -2))
         q = torch.cat([q_nope, q_rope], dim=-1)
         if queries == keys and causal and q_pos is None and window <= 0 and softcap <= 0:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            out = fused_attention(q, k, v, True, scale)
         else:
             out = explicit_attention(q, k, v, None, seen, scale, softcap, None)
     return out.transpose(1, 2).contiguous()
