@@ -19,7 +19,7 @@ RACE = (0.5, 1.0, 2.0)
 #: Root mean square of an entry in an update of Muon at rate 1, as `match_rms_adamw` scales it.
 MUON_SIZE = 0.2
 #: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
-EPOCHS, REFIT_TOKENS = 8, 262_144
+EPOCHS, REFIT_TOKENS = 8, 131_072
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Refit(Pass):
     section: ClassVar[str] = "refit"
     may_change_nothing: ClassVar[bool] = True
 
-    epochs: int | None = option(None, help="passes over the text; as many as fit 262,144 tokens, at most 8", minimum=1)
+    epochs: int | None = option(None, help="passes over the text; as many as fit 131,072 tokens, at most 8", minimum=1)
     rate: float | None = option(
         None, help="largest step, relative to the size of each weight; chosen on held-out text if none", minimum=0
     )
