@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,8 +25,9 @@ from attnopt.codegen.target import Target
 from attnopt.codegen.triton.runtime import gqa_decode
 from attnopt.codegen.triton.runtime import prefill as prompt
 from attnopt.codegen.triton.runtime.combine import combine
-from attnopt.codegen.triton.runtime.designs import latent_constants, latent_kernel
-from attnopt.codegen.triton.runtime.select import PAGE, Config, pow2
+from attnopt.codegen.triton.runtime.designs import gluon_obstacle, latent_constants, latent_kernel
+from attnopt.codegen.triton.runtime.select import D4, PAGE, Config, d4_refusal, pow2
+from attnopt.errors import UnsupportedError
 
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
@@ -185,7 +187,16 @@ _PARTS = {"partial": "float32", "partial_lse2": "float32"}
 
 
 def mla_decode_kernel(heads: int, rank: int, rope: int, dtype: str, config: Config, target: Target) -> Compiled:
-    """Absorbed decoding of one token, see `runtime/mla_decode.py`."""
+    """Absorbed decoding of one token, see `runtime/mla_decode.py`.
+
+    Raises:
+        UnsupportedError: the design is D4, which the target, the shape or the installed Triton cannot have.
+    """
+    if config.kernel == D4:
+        arch, size = target.name.replace("_", ""), getattr(torch, dtype).itemsize
+        refused = d4_refusal(heads, rank, rope, size, arch, target.shared_memory) or gluon_obstacle()
+        if refused is not None:
+            raise UnsupportedError(refused, "take another design")
     constants = latent_constants(config, heads, 1, rank, rope, PAGE, _precision(dtype))
     pointers = {"q": dtype, "cache": dtype, **_ITEMS, **_PARTS}
     kernel = latent_kernel(config)

@@ -31,6 +31,7 @@ from attnopt.codegen.triton.runtime.select import (
     mla_shared_bytes,
     pow2,
 )
+from attnopt.errors import UnsupportedError
 from tests.codegen.triton.gate import cases, d4_cases
 
 GOLDEN = Path(__file__).with_name("golden") / f"triton-{triton.__version__}.json"
@@ -132,6 +133,8 @@ def test_d4_keeps_blocks_in_flight_or_says_why_it_is_not_offered() -> None:
         assert reason in refused
         assert len(mla_decode_candidates(*sizes)) == 1
     assert not any(name.startswith("sm_80") for name in D4_CASES)
+    with pytest.raises(UnsupportedError, match="sm80 does not have"):
+        mla_decode_kernel(64, 512, 64, "bfloat16", others[0], find_target("sm_80"))
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason="needs Gluon")

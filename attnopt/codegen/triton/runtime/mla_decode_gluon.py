@@ -3,7 +3,7 @@
 What Triton decides for the other designs is said here. Two warp groups share both products of a tile: warps lie [4, 2]
 over its 64 rows and its columns, for scores [64, BN] and output [64, BR] alike, so nothing is computed twice and the
 values are read once, from the block that the scores came from. Blocks of the cache lie in a ring of STAGES buffers,
-filled with cp.async, which takes any page, any rank, and writes zeros where rows are not seen (0 * NaN is NaN).
+filled with cp.async, whose mask writes zeros where rows are not seen (0 * NaN is NaN).
 
 STAGES >= 3: the scores of block j + 1 are issued before the softmax of block j, so that the tensor cores have work
 during it. Two buffers are in use, STAGES - 2 in flight. Waiting for the values of block j only in the next iteration

@@ -1,4 +1,4 @@
-"""Runs kernels on requests whose unused slots hold NaN, and compares them with float64. Imports only torch."""
+"""Runs kernels on requests whose unused slots hold NaN, and compares them with float64. Copied into packages."""
 
 from __future__ import annotations
 
