@@ -3,9 +3,11 @@
     python benchmarks/gpu.py [--quick] [--out benchmarks/results/gpu-NAME.json]
 
 1. Ceilings of this device: copy, a reduction that only reads, an 8192^3 bf16 product of random matrices.
-2. Every kernel in bf16 against float64, with NaN in unused slots and zero lengths among the requests.
+2. Every kernel in bf16 against float64, with NaN in unused slots and zero lengths among the requests. The Gluon design
+   of MLA, D4, which is a default nowhere, is checked in processes of its own (`runtime/tune.py`).
 3. Decoding and prompts: CUDA graphs, cold L2 (a buffer of twice its size is written between calls), 10 warm-up calls,
-   three trials of 50, median. A row has bytes and operations of the formulas, and the share of the ceilings.
+   three trials of 50, median. A row has bytes and operations of the formulas, and the share of the ceilings. Every tile
+   of D4 that is offered and right stands beside the default.
 4. Beside each, alternating with it: torch SDPA on the grouped cache the latent replaces, FlexAttention for prompts,
    FlashInfer and FlashMLA where they are installed. What is not installed is named.
 """
@@ -18,14 +20,15 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from attnopt.codegen.triton.runtime import launch, reference
-from attnopt.codegen.triton.runtime.select import PAGE
+from attnopt.codegen.triton.runtime import launch, reference, tune
+from attnopt.codegen.triton.runtime.select import PAGE, Config
 
 BF16 = torch.bfloat16
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -143,6 +146,29 @@ def correctness() -> dict[str, float]:
     return found
 
 
+def experimental() -> tuple[dict[str, float], dict[str, tune.Trial]]:
+    """Errors of every tile of D4 that is offered, and what came of each shape, refusals with their reasons."""
+    errors, trials = {}, {}
+    for heads, rank, rope, tokens, dtype in (
+        *((h, 512, 64, 1, "bfloat16") for h in (16, 40, 64, 128)),
+        *((64, 256, 64, 1, "bfloat16"), (64, 128, 64, 1, "bfloat16"), (40, 144, 48, 1, "bfloat16")),
+        *((32, 512, 64, 2, "bfloat16"), (64, 512, 64, 1, "float16")),
+    ):
+        shape = tune.Latent(heads, rank, rope, dtype, 0.07, tokens)
+        trial = tune.check(shape, DEVICE)
+        label = f"{shape.key} {dtype}"
+        trials[label] = trial
+        for one in trial.findings[1:]:
+            # A design that does not run is as wrong as one that computes something else.
+            errors[f"{label} {tile(one.config)}"] = float("nan") if one.error is None else one.error
+    return errors, trials
+
+
+def tile(config: Config) -> str:
+    """A short name of a design and its tile."""
+    return f"{config.kernel} {config.BH}x{config.BN} x{config.num_stages}"
+
+
 def row(times: list[float], read: float, operations: float, top: dict[str, float]) -> dict[str, float]:
     """Figures of one kernel from its microseconds, bytes and operations."""
     ordered = sorted(times)
@@ -160,11 +186,16 @@ def row(times: list[float], read: float, operations: float, top: dict[str, float
     }
 
 
-def decoding(top: dict[str, float], quick: bool) -> list[dict[str, Any]]:
-    """MLA against torch SDPA on the 32/8 x 128 cache it replaces, and the grouped kernel on that cache."""
+def decoding(top: dict[str, float], quick: bool, right: Sequence[Config]) -> list[dict[str, Any]]:
+    """MLA against torch SDPA on the 32/8 x 128 cache it replaces, and the grouped kernel on that cache.
+
+    Args:
+        right: tiles of D4 for R = 512, P = 64 that were found right.
+    """
     rows = []
-    shapes = [(16, 32, 8192), (32, 32, 8192), (32, 1, 32768), (16, 64, 4096), (64, 32, 8192), (32, 32, 1024)]
-    for heads, batch, context in shapes[:3] if quick else shapes:
+    shapes = [(16, 32, 8192), (32, 32, 8192), (32, 1, 32768), (64, 32, 8192), (128, 32, 8192), (16, 64, 4096)]
+    shapes += [(32, 32, 1024), (64, 1, 32768)]
+    for heads, batch, context in shapes[:4] if quick else shapes:
         paged = Paged([context] * batch)
         latent = paged.cache(PAGE, 576)
         q = torch.randn(batch, 1, heads, 576, device=DEVICE, dtype=BF16)
@@ -176,13 +207,17 @@ def decoding(top: dict[str, float], quick: bool) -> list[dict[str, Any]]:
             "gqa": lambda q=qg, k=k, v=v, p=paged: launch.grouped_decode(q, k, v, None, p.lengths, 0.088),
             "sdpa gqa": lambda q=rows_q, k=k, v=v: sdpa(q, k, v, enable_gqa=True),
         }
+        for config in right if heads > 32 else ():
+            calls[tile(config)] = lambda q=q, c=latent, p=paged, t=config: launch.latent_decode(
+                q, c, p.table, p.lengths, 512, 0.07, t
+            )
         times = dict(zip(calls, timed(list(calls.values()), 1 if quick else 3, 20 if quick else 50), strict=True))
         tokens = batch * context
-        figures = {
-            "mla": row(times["mla"], tokens * 1152, tokens * 2 * heads * 1088, top),
-            "gqa": row(times["gqa"], tokens * 4096, tokens * 4 * 32 * 128, top),
-            "sdpa gqa": row(times["sdpa gqa"], tokens * 4096, tokens * 4 * 32 * 128, top),
-        }
+        costs = {"gqa": (4096, 4 * 32 * 128), "sdpa gqa": (4096, 4 * 32 * 128)}
+        figures = {}
+        for name, took in times.items():
+            read, operations = costs.get(name, (1152, 2 * heads * 1088))
+            figures[name] = row(took, tokens * read, tokens * operations, top)
         ratio = figures["sdpa gqa"]["us"] / figures["mla"]["us"]
         rows.append({"heads": heads, "batch": batch, "context": context, "kernels": figures, "mla_over_sdpa": ratio})
         print(json.dumps(rows[-1]), file=sys.stderr)
@@ -234,14 +269,19 @@ def main() -> int:
     torch.manual_seed(0)
     top = ceilings()
     errors = correctness()
+    found, trials = experimental()
+    errors |= found
+    shape = tune.Latent(64, 512, 64, "bfloat16", 0.07)
+    right = [finding.config for finding in trials[f"{shape.key} bfloat16"].findings[1:] if finding.right]
     report = {
         "benchmark": "gpu",
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "ceilings": top,
         "errors": errors,
+        "experimental": {label: asdict(trial) for label, trial in trials.items()},
         "not_installed": [n for n in ("flashinfer", "flash_mla", "flash_attn") if importlib.util.find_spec(n) is None],
-        "decoding": decoding(top, given.quick),
+        "decoding": decoding(top, given.quick, right),
         "prompts": prompts(top, given.quick),
     }
     text = json.dumps(report, indent=2)

@@ -6,6 +6,7 @@ many blocks of the cache are in flight. A cosmetic edit can double the work of a
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -15,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnopt.codegen.target import Target
-from attnopt.codegen.triton.runtime import gqa_decode, mla_decode
+from attnopt.codegen.triton.runtime import gqa_decode
 from attnopt.codegen.triton.runtime import prefill as prompt
 from attnopt.codegen.triton.runtime.combine import combine
-from attnopt.codegen.triton.runtime.select import PAGE, Config, pow2
+from attnopt.codegen.triton.runtime.designs import gluon_obstacle, latent_constants, latent_kernel
+from attnopt.codegen.triton.runtime.select import D4, PAGE, Config, d4_refusal, pow2
+from attnopt.errors import UnsupportedError
 
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
@@ -38,6 +42,7 @@ class Figures:
         instructions: tensor-core instructions by shape, e.g. {"mma.m16n8k16": 96}.
         multiply_adds: what these instructions compute in one pass over the code, all warps together.
         buffers: blocks of the cache that are in flight.
+        serialised: the assembler let no wgmma overlap with anything, because it could not follow its registers.
     """
 
     shared: int
@@ -46,6 +51,7 @@ class Figures:
     instructions: Mapping[str, int]
     multiply_adds: int
     buffers: int
+    serialised: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,11 @@ def compile_kernel(
             signature[name] = "i32"
             attributes[(index,)] = [["tt.divisibility", 16]]
     gpu = GPUTarget("cuda" if target.vendor == "nvidia" else "hip", target.arch, target.warp)
-    source = ASTSource(kernel, signature, dict(constants), attributes)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(kernel, signature, dict(constants), attributes)
     compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
     binary = compiled.asm["cubin" if target.vendor == "nvidia" else "hsaco"]
     registers, stack = _resources(binary, compiled.asm, target)
@@ -106,6 +116,7 @@ def compile_kernel(
         instructions=dict(sorted(instructions.items())),
         multiply_adds=sum(_multiply_adds(shape, num_warps) * count for shape, count in instructions.items()),
         buffers=_buffers(compiled.asm["ttgir"]),
+        serialised="wgmma" in "".join(instructions) and _serialised(compiled.asm["ptx"], target),
     )
     metadata = {
         "name": compiled.metadata.name,
@@ -127,14 +138,26 @@ def _resources(binary: bytes, asm: Mapping[str, Any], target: Target) -> tuple[i
         used = re.search(r"\.vgpr_count:\s*(\d+)", text)
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
         return int(used.group(1)) if used else 0, int(spilled.group(1)) if spilled else 0
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    registers = [int(n) for n in re.findall(r"REG:(\d+)", done.stdout + done.stderr)]
-    stack = [int(n) for n in re.findall(r"STACK:(\d+)", done.stdout + done.stderr)]
+    said = _tool("cuobjdump", binary, "-res-usage")
+    registers = [int(n) for n in re.findall(r"REG:(\d+)", said)]
+    stack = [int(n) for n in re.findall(r"STACK:(\d+)", said)]
     return max(registers, default=0), max(stack, default=0)
+
+
+def _serialised(ptx: str, target: Target) -> bool:
+    return "wgmma.mma_async instructions are serialized" in _tool(
+        "ptxas", ptx.encode(), "-v", f"--gpu-name={target.name}a", "-o", os.devnull
+    )
+
+
+def _tool(name: str, content: bytes, *options: str) -> str:
+    """What a tool of Triton's says about a file."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _instructions(asm: Mapping[str, Any], target: Target) -> Counter[str]:
@@ -164,22 +187,19 @@ _PARTS = {"partial": "float32", "partial_lse2": "float32"}
 
 
 def mla_decode_kernel(heads: int, rank: int, rope: int, dtype: str, config: Config, target: Target) -> Compiled:
-    """Absorbed decoding of one token, see `runtime/mla_decode.py`."""
-    constants = {
-        "H": heads,
-        "TOKENS": 1,
-        "R": rank,
-        "P": rope,
-        "PAGE": PAGE,
-        "BH": config.BH,
-        "BN": config.BN,
-        "BR": pow2(rank),
-        "BP": pow2(rope),
-        "NARROW": config.narrow,
-        "PRECISION": _precision(dtype),
-    }
+    """Absorbed decoding of one token, see `runtime/mla_decode.py`.
+
+    Raises:
+        UnsupportedError: the design is D4, which the target, the shape or the installed Triton cannot have.
+    """
+    if config.kernel == D4:
+        arch, size = target.name.replace("_", ""), getattr(torch, dtype).itemsize
+        refused = d4_refusal(heads, rank, rope, size, arch, target.shared_memory) or gluon_obstacle()
+        if refused is not None:
+            raise UnsupportedError(refused, "take another design")
+    constants = latent_constants(config, heads, 1, rank, rope, PAGE, _precision(dtype))
     pointers = {"q": dtype, "cache": dtype, **_ITEMS, **_PARTS}
-    kernel = getattr(mla_decode, config.kernel)
+    kernel = latent_kernel(config)
     return compile_kernel(kernel, pointers, constants, target, config.num_warps, config.num_stages)
 
 

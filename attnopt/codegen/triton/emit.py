@@ -31,7 +31,9 @@ from attnopt.codegen.triton.compile import (
 from attnopt.codegen.triton.lane import TritonLane, arch_of, claim
 from attnopt.codegen.triton.runtime import ops
 from attnopt.codegen.triton.runtime.select import (
+    PAGE,
     gqa_decode_config,
+    latent_key,
     map_decode_config,
     mla_decode_config,
     prefill_config,
@@ -53,8 +55,8 @@ PACKAGE = "attention_model"
 #: Files of the runtime, and their names in a package.
 RUNTIME = {
     **{f"{name}.py": f"{name}.py" for name in (
-        *("combine", "decoder", "gqa_decode", "launch", "loader", "mla_decode", "ops", "prefill"),
-        *("reference", "schedule", "select", "selftest"),
+        *("combine", "decoder", "designs", "gqa_decode", "launch", "loader", "mla_decode", "mla_decode_gluon", "ops"),
+        *("prefill", "reference", "schedule", "select", "selftest", "trial", "tune"),
     )},
     "main.py": "__main__.py",
 }  # fmt: skip
@@ -232,8 +234,7 @@ def _compile(
             if shape.kind == "latent":
                 rows, width = shape.heads, shape.rank
                 config = mla_decode_config(rows, width, shape.rope, size, arch, target.shared_memory)
-                key = f"H{shape.heads} R{shape.rank} P{shape.rope} page64 {size} sq1"
-                picks["mla_decode"][key] = config
+                picks["mla_decode"][latent_key(shape.heads, shape.rank, shape.rope, PAGE, size, 1)] = config
                 decode = mla_decode_kernel(shape.heads, shape.rank, shape.rope, dtype, config, target)
             elif shape.kind == "map":
                 config = map_decode_config(rows)
@@ -330,6 +331,7 @@ def _rounded(program: Program, dtype: str) -> Program:
 _USAGE = f"""```
 cd OUT
 python -m {PACKAGE}.selftest                 # kernels against references, on this machine
+python -m {PACKAGE}.selftest --tune          # and the fastest design of latent attention that is right here
 python -m {PACKAGE} "The capital of France is" --tokens 40
 ```
 

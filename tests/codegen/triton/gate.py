@@ -22,15 +22,33 @@ from attnopt.codegen.triton.compile import (
     prefill_kernel,
 )
 from attnopt.codegen.triton.runtime.select import (
+    D4,
+    Config,
     gqa_decode_config,
     map_decode_config,
+    mla_decode_candidates,
     mla_decode_config,
     prefill_config,
 )
 
 #: (heads, R, P): DeepSeek's at three numbers of heads, small ranks, and what conversion of a small model gives.
 LATENTS = ((16, 512, 64), (32, 512, 64), (64, 512, 64), (32, 256, 64), (32, 128, 64), (9, 144, 48))
+#: The same for D4, which has tiles of 64 rows and is for sm_90 alone.
+D4_LATENTS = ((64, 512, 64), (128, 256, 64), (64, 128, 64), (40, 144, 48))
 TARGETS = ("sm_80", "sm_90")
+
+
+def d4_cases() -> dict[str, tuple[int, int, int, Config]]:
+    """Name -> heads, R, P and a tile that is offered, for every target that offers one."""
+    found = {}
+    for name in TARGETS:
+        for sizes in D4_LATENTS:
+            arch, limit = name.replace("_", ""), find_target(name).shared_memory
+            for config in mla_decode_candidates(*sizes, 2, arch, limit):
+                if config.kernel == D4:
+                    label = "{} d4 H{} R{} P{}".format(name, *sizes)
+                    found[f"{label} BN{config.BN} x{config.num_stages}"] = (*sizes, config)
+    return found
 
 
 def cases() -> dict[str, Callable[[], Compiled]]:
@@ -64,6 +82,9 @@ def cases() -> dict[str, Callable[[], Compiled]]:
                 32, 32, n, r, v, "bfloat16", c, t
             )
         found[f"{name} combine"] = lambda t=target: combine_kernel(32, 512, "bfloat16", t)
+    for name, (*sizes, config) in d4_cases().items():
+        target = find_target(name.split()[0])
+        found[name] = lambda s=sizes, c=config, t=target: mla_decode_kernel(*s, "bfloat16", c, t)
     return found
 
 

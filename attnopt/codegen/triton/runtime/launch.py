@@ -15,11 +15,21 @@ import triton
 from torch import Tensor
 
 from . import gqa_decode as gqa
-from . import mla_decode as mla
 from . import prefill as prompt
 from .combine import combine
+from .designs import latent_constants, latent_kernel
 from .schedule import Schedule, schedule, streaming_blocks
-from .select import PAGE, Config, Tuned, gqa_decode_config, map_decode_config, mla_decode_config, pow2, prefill_config
+from .select import (
+    PAGE,
+    Config,
+    Tuned,
+    gqa_decode_config,
+    latent_key,
+    map_decode_config,
+    mla_decode_config,
+    pow2,
+    prefill_config,
+)
 
 LOG2E = math.log2(math.e)
 #: Tuned picks beside this file, one per device and Triton version.
@@ -42,9 +52,10 @@ def device_facts(index: int | None) -> tuple[str, int, int]:
 
 
 @lru_cache
-def tuned(arch: str) -> Tuned:
-    """The picks for an architecture and the installed Triton."""
-    return Tuned(CONFIGS / f"{arch}.json", arch, triton.__version__)
+def tuned(arch: str, index: int | None = None) -> Tuned:
+    """The picks for an architecture, the installed Triton and, where a pick needs it, a device."""
+    device = None if index is None else torch.cuda.get_device_name(index)
+    return Tuned(CONFIGS / f"{arch}.json", arch, triton.__version__, device)
 
 
 def facts_of(x: Tensor) -> tuple[str, int, int]:
@@ -109,9 +120,9 @@ def latent_decode(
     rope, rows = width - rank, tokens * heads
     arch, shared, sms = facts_of(q)
     if config is None:
-        shape = f"H{heads} R{rank} P{rope} page{cache.shape[1]} {q.element_size()} sq{tokens}"
+        shape = latent_key(heads, rank, rope, cache.shape[1], q.element_size(), tokens)
         default = mla_decode_config(rows, rank, rope, q.element_size(), arch, shared)
-        config = tuned(arch).get("mla_decode", shape, default)
+        config = tuned(arch, q.device.index).get("mla_decode", shape, default)
     tiles = triton.cdiv(rows, config.BH)
     parts = parts or max(1, sms * (2 if config.kernel == "mla_decode_d1" and config.num_warps == 4 else 1) // tiles)
     blocks = torch.div(lengths + config.BN - 1, config.BN, rounding_mode="floor")
@@ -119,12 +130,10 @@ def latent_decode(
     items = work.sequence.shape[0]
     partial = torch.empty(items, rows, rank, dtype=torch.float32, device=q.device)
     partial_lse2 = torch.empty(items, rows, dtype=torch.float32, device=q.device)
-    getattr(mla, config.kernel)[(items, tiles)](
+    latent_kernel(config)[(items, tiles)](
         q, cache, table, lengths, work.sequence, work.start, work.stop, partial, partial_lse2,
         scale * LOG2E, table.stride(0),
-        H=heads, TOKENS=tokens, R=rank, P=rope, PAGE=cache.shape[1],
-        BH=config.BH, BN=config.BN, BR=pow2(rank), BP=pow2(rope),
-        NARROW=config.narrow, PRECISION=precision_of(q.dtype),
+        **latent_constants(config, heads, tokens, rank, rope, cache.shape[1], precision_of(q.dtype)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     out, lse2 = _merge(partial, partial_lse2, work, rows, rank, q.dtype)

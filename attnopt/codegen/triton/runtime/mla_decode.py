@@ -10,6 +10,7 @@ Three designs for different numbers of rows, chosen in `select.py`:
     D2  17 to 32 rows on Hopper: operands swapped, S^T = C Q^T, so that cache rows fill the wgmma tile, rows are its N
     D3  64 rows: the product with the values runs one block behind (P is carried, the block is read again), which keeps
         the two products independent: a chained one would be computed twice
+A fourth, D4, is in `mla_decode_gluon.py`.
 
 This file imports only triton; it is copied into packages. Reference: `reference.latent_decode`.
 """

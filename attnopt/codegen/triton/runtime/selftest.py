@@ -3,67 +3,52 @@
 On a GPU every shape the model uses is run by Triton in the package's type against float64; then the model's own logits
 are compared, kernels against plain torch. Without a GPU only the model in plain torch runs. Prints JSON; exit code 1 if
 a difference is above its bound.
+
+With --tune the designs that latent attention can have are also checked and timed, and the fastest that is right is
+written to `configs/`, where this package finds it on this device with this Triton.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from . import launch, model, ops, reference  # type: ignore[attr-defined]  # model is generated
+from . import launch, model, ops, reference, tune  # type: ignore[attr-defined]  # model is generated
 from .decoder import Decoder
 from .loader import read_json
 from .select import PAGE
-
-#: Largest relative difference, by element size: rounding of the inputs of the second product, and of the sum.
-BOUNDS = {2: 2e-2, 4: 2e-3}
-LENGTHS = (1, 20, 64, 65, 700, 0)
+from .trial import BOUNDS, LENGTHS, Requests, difference, latent_error
 
 
 def kernels(shapes: list[dict[str, Any]], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Relative error of every distinct shape, with unused slots poisoned."""
     found = {}
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
-    pages = -(-max(LENGTHS) // PAGE)
-    table = torch.randperm(len(LENGTHS) * pages, generator=torch.Generator().manual_seed(0))
-    table = table.view(len(LENGTHS), pages).to(torch.int32).to(device)
-
-    def poison(cache: torch.Tensor) -> torch.Tensor:
-        for row, length in enumerate(LENGTHS):
-            for slot in range(length, pages * PAGE):
-                cache[int(table[row, slot // PAGE]), ..., slot % PAGE, :] = float("nan")
-        return cache
-
     for shape in shapes:
         if shape["kind"] == "latent":
-            cache = poison(normal(len(LENGTHS) * pages, PAGE, shape["rank"] + shape["rope"]))
-            q = normal(len(LENGTHS), 1, shape["heads"], shape["rank"] + shape["rope"])
-            out, _ = launch.latent_decode(q, cache, table, lengths, shape["rank"], shape["scale"])
-            want, _ = reference.latent_decode(q.double(), cache.double(), table, lengths, shape["rank"], shape["scale"])
-        else:
-            sizes = len(LENGTHS) * pages, shape["groups"], PAGE
-            k, v = poison(normal(*sizes, shape["width"])), poison(normal(*sizes, shape["value_width"]))
-            q = normal(len(LENGTHS), 1, shape["heads"], shape["width"])
-            shared = shape["kind"] in ("owner", "map")
-            rows = shape["heads"] // shape["groups"]
-            kept = torch.empty(len(LENGTHS), shape["groups"], rows, pages * PAGE, device=device) if shared else None
-            args = (table, lengths, shape["scale"], shape["softcap"])
-            out, lse2 = launch.grouped_decode(q, k, v, *args, scores=kept)
-            if kept is not None and shape["kind"] == "map":
-                out = launch.map_decode(kept, lse2.view(len(LENGTHS), shape["groups"], rows), v, table, lengths)
-                out = out.view(len(LENGTHS), 1, shape["heads"], shape["value_width"])
-            want, _ = reference.grouped_decode(q.double(), k.double(), v.double(), *args)
-        found[shape["name"]] = float((out.double() - want).abs().max() / want.abs().max())
+            sizes = (shape["heads"], shape["rank"], shape["rope"], 1, shape["scale"])
+            found[shape["name"]] = latent_error(*sizes, dtype, device)
+            continue
+        requests = Requests(dtype, device)
+        k, v = (requests.cache(shape["groups"], PAGE, shape[width]) for width in ("width", "value_width"))
+        q = requests.normal(len(LENGTHS), 1, shape["heads"], shape["width"])
+        shared = shape["kind"] in ("owner", "map")
+        rows, slots = shape["heads"] // shape["groups"], requests.pages * PAGE
+        kept = torch.empty(len(LENGTHS), shape["groups"], rows, slots, device=device) if shared else None
+        table, lengths = requests.table, requests.lengths
+        args = (table, lengths, shape["scale"], shape["softcap"])
+        out, lse2 = launch.grouped_decode(q, k, v, *args, scores=kept)
+        if kept is not None and shape["kind"] == "map":
+            out = launch.map_decode(kept, lse2.view(len(LENGTHS), shape["groups"], rows), v, table, lengths)
+            out = out.view(len(LENGTHS), 1, shape["heads"], shape["value_width"])
+        want, _ = reference.grouped_decode(q.double(), k.double(), v.double(), *args)
+        found[shape["name"]] = difference(out, want)
     return found
 
 
@@ -83,6 +68,9 @@ def logits(decoder: Decoder) -> float:
 
 def main() -> int:
     """Run the test and print its figures."""
+    parser = argparse.ArgumentParser(prog="python -m attention_model.selftest", description=__doc__)
+    parser.add_argument("--tune", action="store_true", help="time the designs of latent attention; writes configs/")
+    given = parser.parse_args()
     directory = Path(__file__).resolve().parent.parent
     manifest = read_json(directory / "attnopt.json")
     decoder = Decoder(model, directory)
@@ -97,6 +85,11 @@ def main() -> int:
         report["logits"] = logits(decoder)
         worst = max([report["logits"], *report["kernels"].values()])
         report["passed"] = worst <= BOUNDS[torch.finfo(decoder.dtype).bits // 8]
+        if given.tune:
+            dtype, fields = str(decoder.dtype).removeprefix("torch."), ("heads", "rank", "rope", "scale")
+            latents = [s for s in manifest["shapes"] if s["kind"] == "latent"]
+            tuned = tune.tune([tune.Latent(**{k: s[k] for k in fields}, dtype=dtype) for s in latents], decoder.device)
+            report["designs"] = {shape: asdict(trial) for shape, trial in tuned.items()}
     else:
         decoder.forward(torch.zeros(1, 3, dtype=torch.int64))
         report["passed"] = True
