@@ -127,7 +127,7 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> int:
-    """Time prefill and decoding, and count cache and memory, of a model and its original in turn."""
+    """Time prefill and decoding, and count cache and memory."""
     with Session(json=json, quiet=quiet, verbose=verbose) as session:
         from attnopt import api
 

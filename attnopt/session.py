@@ -134,6 +134,6 @@ def _explain_usage(error: typer.TyperException) -> tuple[str, str, int]:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
         return "no command given", f"{context.command_path} --help lists them", 1
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")  # how pydantic, below typer, begins
     hint = f"{context.command_path if context else 'attnopt'} --help shows what is possible"
     return message[:1].lower() + message[1:], hint, 1
