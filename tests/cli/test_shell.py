@@ -84,7 +84,11 @@ def test_module_and_version() -> None:
         (["convert", "x", "--to", "mla", "--kv-keep", "half"], "--kv-keep", "attnopt convert --help"),
         (["convert", "x", "--to", "mla", "--recover", "magic"], "none.*refit", "attnopt convert --help"),
         (["convert", "x", "--to", "mla", "--emit", "gguf"], "deepseek_v3.*attnopt", "attnopt convert --help"),
-        (["export", "x", "-o", "y", "--format", "gif"], "'--format': 'gif' is not one of 'onnx'", "attnopt export --help"),
+        (
+            ["export", "x", "-o", "y", "--format", "gif"],
+            "format': 'gif' is not one of",
+            "attnopt export --help",
+        ),
         (["inspect", "a", "b"], "unexpected extra argument", "attnopt inspect --help"),
         ([], "no command given", "attnopt --help"),
     ],
