@@ -45,6 +45,13 @@ def find_gates(anchor: fx.Node) -> Gates | None:
     return Gates(users[0], gates) if gates.meta["val"].shape[2:] == anchor.meta["val"].shape[2:3] else None
 
 
+def idle_part(output: fx.Node, route: RouteSpec | None) -> fx.Node | None:
+    """What idle units add to a layer's output, a node among the operands of `output`; None if nothing."""
+    if route is None or route.fill is None:
+        return None
+    return next(n for n in output.all_input_nodes if any(w.target == route.fill for w in n.all_input_nodes))
+
+
 def read_route(
     gates: Gates, x: fx.Node, q: fx.Node, starts: tuple[fx.Node, ...], kv_of: tuple[int, ...], probe: Probe
 ) -> tuple[RouteSpec, fx.Node]:
