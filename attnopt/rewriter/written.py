@@ -36,7 +36,7 @@ class Provenance:
     def of(cls, config: Any) -> Provenance | None:
         """What a config says, None if it is that of an ordinary model."""
         told = getattr(config, "provenance", None)
-        if told is None:
+        if not callable(told):
             return None
         said = told()
         ids = {path: tuple(heads) for path, heads in said["head_ids"].items()}
