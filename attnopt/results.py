@@ -88,6 +88,16 @@ def site_json(site: AttentionSite) -> dict[str, Any]:
         found["kv_lora_rank"] = site.latent.kv_lora_rank
         found["qk_rope_head_dim"] = site.latent.d_rope
         found["qk_nope_head_dim"] = site.latent.d_nope
+    if site.kv_of:
+        found["kv_of"] = list(site.kv_of)
+    if site.head_ids:
+        found["original_heads"] = list(site.head_ids)
+    if site.share is not None:
+        found["share"] = {"edge": site.share.edge, "source": site.share.source}
+    if site.route is not None:
+        route = site.route
+        units = {"unit": route.unit, "units": len(site.routed_units), "active": route.active}
+        found["route"] = {"router": route.router, "gate": route.gate, "shared": list(route.shared), **units}
     return found
 
 
@@ -115,7 +125,9 @@ def _facts(site: AttentionSite) -> list[str]:
     norms = f"q/k per {site.q_norm.scope}" if site.q_norm and site.latent is None else "-"
     width = str(site.d_qk) if site.d_qk == site.d_v else f"{site.d_qk}/{site.d_v}"
     kv = f"latent {site.latent.kv_lora_rank}" if site.latent else str(site.kv_heads)
-    return [site.kind, str(site.heads), kv, width, rope, mask, norms, f"{site.cached_numbers_per_token:,}"]
+    kind = f"{site.kind}, shared {site.share.edge}" if site.share else site.kind
+    kind += ", routed" if site.route else ""
+    return [kind, str(site.heads), kv, width, rope, mask, norms, f"{site.cached_numbers_per_token:,}"]
 
 
 def equal_runs(values: Sequence[object]) -> list[tuple[int, int]]:

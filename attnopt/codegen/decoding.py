@@ -257,7 +257,7 @@ class _Builder:
                 owner, of_owner = self.kept[args["owner"]]
                 cached = {**of_owner, **cached}
             if self.decoder:
-                mask = self._mask(args, cached)
+                mask = self._mask(args["window"])
             call = SiteCall(site, node.target, args, cached, self.past_length, self.positions, mask, owner)
             new, kept = self.lane.attention(self.graph, call)
         self.kept[args["layer"]] = kept, {k: v for k, v in cached.items() if k != "value"}
@@ -301,11 +301,10 @@ class _Builder:
         parts = [self.graph.node_copy(part, lambda n: present if n is rows else n) for part in read.args[0]]  # type: ignore[union-attr, arg-type]
         return self.graph.call_function(aten.cat.default, (parts, 1))
 
-    def _mask(self, args: Mapping[str, Any], cached: Mapping[str, fx.Node]) -> fx.Node:
-        window = args["window"]
+    def _mask(self, window: int) -> fx.Node:
         if window not in self.masks:
             # From a past tensor, not a present one: the mask is then ready before the first layer.
-            some = next(iter(cached.values())).args[0]
+            some = self.presents[0].args[0]
             self.masks[window] = self.graph.call_function(hidden_slots, (self.positions, some, window))
         return self.masks[window]
 

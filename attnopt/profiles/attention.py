@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter import ops as _registered  # noqa: F401 - the ops below exist once it is imported
+from attnopt.rewriter.gates import find_gates
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -37,7 +38,7 @@ ENTRIES = 1 << 20
 
 
 def call_arguments(program: Program, site: AttentionSite) -> dict[str, Any]:
-    """Arguments of a site's attention by name: graph nodes, or plain values.
+    """Arguments of a site's attention by name: graph nodes, or plain values; gates of its heads behind it, too.
 
     Raises:
         UnsupportedError: if the layer is computed by another op.
@@ -46,7 +47,15 @@ def call_arguments(program: Program, site: AttentionSite) -> dict[str, Any]:
     names = _ARGUMENTS.get(node.target)
     if names is None:
         raise UnsupportedError(f"{site.fqn} is computed by {node.target}, which cannot be profiled")
-    return dict(zip(names, node.args, strict=False))
+    arguments = dict(zip(names, node.args, strict=False))
+    behind = find_gates(node)
+    return arguments if behind is None else {**arguments, "gates": behind.heads}
+
+
+def heads_outputs(program: Program, site: AttentionSite) -> str:
+    """Name of the node that holds the outputs of a layer's heads as the output projection reads them, [N, T, H, dv]."""
+    behind = find_gates(program.node(site.nodes.attention))
+    return site.nodes.attention if behind is None else behind.result.name
 
 
 def argument_nodes(arguments: Mapping[str, Any]) -> list[str]:

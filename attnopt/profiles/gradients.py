@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnopt.profiles.attention import heads_outputs
 from attnopt.profiles.layers import LayerReader
 from attnopt.profiles.memory import give_back
 from attnopt.profiles.metric import Collected, Metric, measured
@@ -129,10 +130,11 @@ class BackwardPass:
         leaves = self._leaves(env, index)
         with torch.enable_grad():
             live = Env({**env.values, **leaves}, env.stream)
-            context = layer.evaluate(live, site.nodes.attention)
+            outputs_of_heads = heads_outputs(self.runner.program, site)
+            context = layer.evaluate(live, outputs_of_heads)
             if not context.requires_grad:  # nothing before it needs a gradient
                 context = context.detach().requires_grad_()
-            after = layer.advance(live, {site.nodes.attention: context})
+            after = layer.advance(live, {outputs_of_heads: context})
             outputs = [after.values[name] for name in given]
         wanted = [("", context), *leaves.items()]
         found = _gradients(outputs, wanted, list(given.values()))

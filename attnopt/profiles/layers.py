@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
-from attnopt.profiles.attention import AttentionCall, argument_nodes, call_arguments
+from attnopt.profiles.attention import AttentionCall, argument_nodes, call_arguments, heads_outputs
 from attnopt.profiles.geometry import Geometry, distance_bins, power_of_two_below
 from attnopt.profiles.settings import Settings
 from attnopt.profiles.view import LayerView, output_weights
+from attnopt.rewriter.gates import idle_part
 from attnopt.rewriter.interpret import Env, LoadedSegment
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
@@ -87,14 +88,19 @@ class LayerReader:
         site = layer.segment.site
         assert site is not None
         arguments = call_arguments(self.program, site)
-        nodes = [*argument_nodes(arguments), site.nodes.attention, site.nodes.output, site.nodes.input]
+        idle = idle_part(self.program.node(site.nodes.output), site.route)
+        context = heads_outputs(self.program, site)
+        nodes = [*argument_nodes(arguments), context, site.nodes.output, site.nodes.input]
+        nodes += [idle.name] if idle is not None else []
         values = layer.evaluate_all(env, list(dict.fromkeys(nodes)))
-        view = self.view(layer, env, arguments, values)
+        view = self.view(layer, env, arguments, values, values[context])
         if not bool(view.output.isfinite().all()):
             raise UnsupportedError(f"{site.fqn}: its output on a prompt is not finite", "check the model's weights")
         expected = torch.einsum("nthv,hvd->ntd", view.context, view.w_o)
         if view.b_o is not None:
             expected = expected + view.b_o
+        if idle is not None:
+            expected = expected + values[idle.name].reshape(expected.shape)
         if not torch.allclose(expected, view.output, rtol=SUMS_UP, atol=SUMS_UP * float(view.output.abs().max())):
             raise UnsupportedError(
                 f"{site.fqn}: its heads do not add up to its output",
@@ -102,8 +108,10 @@ class LayerReader:
             )
         return Opened(view, env, values[site.nodes.input], values[site.nodes.output])
 
-    def view(self, layer: LoadedSegment, env: Env, arguments: dict[str, Any], values: dict[str, Any]) -> LayerView:
-        """From the values of the layer's nodes."""
+    def view(
+        self, layer: LoadedSegment, env: Env, arguments: dict[str, Any], values: dict[str, Any], context: Tensor
+    ) -> LayerView:
+        """From the values of the layer's nodes, and the outputs of its heads."""
         site = layer.segment.site
         assert site is not None
         call = AttentionCall.read(arguments, values)
@@ -115,7 +123,7 @@ class LayerReader:
         return LayerView(
             site=site,
             call=call,
-            context=values[site.nodes.attention],
+            context=context,
             output=output,
             stream=stream if same else None,
             w_o=w_o,

@@ -75,20 +75,21 @@ def original(site: AttentionSite, tokens: int) -> Cost:
         site: the layer.
         tokens: that attended to each other when it was measured.
     """
-    width, heads = site.o.out_features, site.heads
+    heads = site.heads
     if site.latent is not None:
         latent = site.latent
         reads = heads * (2 * latent.kv_lora_rank + latent.d_rope)
         parts = [latent.kv_a, latent.kv_b, site.o, *(p for p in (latent.q, latent.q_a, latent.q_b) if p)]
         projections = sum(2 * p.in_features * p.out_features for p in parts)
         return Cost(site.cached_numbers_per_token, 0, projections, 2 * reads)
-    qkv = heads * site.d_qk + site.kv_heads * (site.d_qk + site.d_v)
-    cached = bool(site.cache.entries)
+    cached = {entry.name: entry.heads * entry.width for entry in site.cache.entries}
+    own = [p for p in (site.q, site.k, site.v, site.o) if p is not None]
+    reads_map = site.share is not None and site.share.edge == "map"
     return Cost(
-        keys=site.kv_heads * site.d_qk if cached else 0,
-        values=site.kv_heads * site.d_v if cached else 0,
-        projections=2 * width * qkv + 2 * heads * site.d_v * width,
-        per_key=2 * heads * (site.d_qk + site.d_v),
+        keys=cached.get("key", 0),
+        values=cached.get("value", 0),
+        projections=sum(2 * p.in_features * p.out_features for p in own),
+        per_key=2 * heads * (site.d_v if reads_map else site.d_qk + site.d_v),
         reach=site.mask.window if site.mask.causal else tokens,
     )
 
@@ -150,7 +151,7 @@ def predictions(
 
 def _mla(keep: float) -> Callable[[int, AttentionSite, Cost], Cost]:
     def change(_: int, site: AttentionSite, cost: Cost) -> Cost:
-        if site.latent is not None or not site.cache.entries:
+        if site.latent is not None or site.share is not None or not site.cache.entries:
             return cost
         total = keep * (cost.keys + cost.values)
         rope = ROPE_SHARE * total
@@ -165,7 +166,7 @@ def _mla(keep: float) -> Callable[[int, AttentionSite, Cost], Cost]:
 
 def _share(consumers: set[int], values_too: bool) -> Callable[[int, AttentionSite, Cost], Cost]:
     def change(layer: int, site: AttentionSite, cost: Cost) -> Cost:
-        if layer not in consumers or site.latent is not None:
+        if layer not in consumers or site.latent is not None or site.share is not None:
             return cost
         width = site.o.out_features
         if values_too:
@@ -184,6 +185,8 @@ def _scaled(cost: Cost, keep: float) -> Cost:
 
 def _moh(active: float) -> Callable[[int, AttentionSite, Cost], Cost]:
     def change(_: int, site: AttentionSite, cost: Cost) -> Cost:
+        if site.route is not None:
+            return cost
         width = site.o.out_features
         queries = 2 * width * site.heads * site.d_qk + 2 * site.heads * site.d_v * width
         router = 2 * width * site.heads

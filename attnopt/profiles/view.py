@@ -73,10 +73,27 @@ class LayerView:
         return self.w_o @ self.w_o.mT
 
     @cached_property
-    def group_gram(self) -> Tensor:
-        """The same for the stacked heads of each KV group, [K, G dv, G dv]."""
-        stacked = self.w_o.reshape(self.call.groups, -1, self.w_o.shape[-1])
-        return stacked @ stacked.mT
+    def _groups(self) -> list[tuple[list[int], Tensor]]:
+        """Heads of each KV group, and the same for these heads stacked, [n dv, n dv]."""
+        heads: dict[int, list[int]] = {}
+        for head, group in enumerate(self.site.kv_head_of):
+            heads.setdefault(group, []).append(head)
+        stacked = [(group, self.w_o[group].flatten(0, 1)) for group in heads.values()]
+        return [(group, rows @ rows.mT) for group, rows in stacked]
+
+    def head_norms(self, vectors: Tensor) -> Tensor:
+        """‖v_h W_O^h‖ of vectors [tokens, H, dv]: [tokens, H] float64."""
+        by_head = vectors.transpose(0, 1)
+        return _norms(by_head, self.output_gram).T
+
+    def group_norms(self, vectors: Tensor) -> Tensor:
+        """‖sum of v_h W_O^h over a KV group‖ of vectors [tokens, H, dv]: [tokens, K] float64."""
+        return torch.stack([_norms(vectors[:, heads].flatten(1), gram) for heads, gram in self._groups], 1)
+
+
+def _norms(vectors: Tensor, gram: Tensor) -> Tensor:
+    """sqrt(v gram vᵀ) over the last axis of vectors [..., tokens, p] with gram [..., p, p], in float64."""
+    return ((vectors @ gram) * vectors).sum(-1).clamp(min=0).double().sqrt()
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.anchor import anchored
 from attnopt.rewriter.export import RawGraph, export_graph
-from attnopt.rewriter.normalize import normalize
+from attnopt.rewriter.normalize import normalize, specialize
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss, recognize
 from attnopt.rewriter.stamp import Cut, cut_layers, stamp
 from attnopt.rewriter.weights import Inline, WeightStore
+from attnopt.rewriter.written import Provenance
 
 if TYPE_CHECKING:
     from attnopt.rewriter.source import ModelSource
@@ -121,31 +122,37 @@ def _capture(skeleton: nn.Module, weights: WeightStore) -> Program:
     if not isinstance(skeleton, PreTrainedModel):
         raise UnsupportedError(f"{type(skeleton).__name__} is not a transformers model")
     config = skeleton.config
-    _refuse_by_config(config)
-    facts = config.to_dict()
+    _refuse_by_config(config.get_text_config())
+    facts, provenance = config.to_dict(), Provenance.of(config)
     _prepare(skeleton)
     _freeze_rope(skeleton)
-    cut = cut_layers(skeleton)
-    if cut is not None:
-        program = _capture_cut(skeleton, cut, weights)
-        if program is not None:
-            return program.replace(config=facts)
-    with anchored(skeleton):
-        raw = export_graph(skeleton)
-    return _program(raw, weights, facts, config.model_type)
+    program = _capture_cut(skeleton, cut_layers(skeleton), weights)
+    if program is None:
+        with anchored(skeleton):
+            raw = export_graph(skeleton)
+        program = _program(raw, weights, _facts(skeleton), config.model_type)
+    program = program.replace(config=facts)
+    return program if provenance is None else provenance.applied(program)
 
 
-def _capture_cut(skeleton: PreTrainedModel, cut: Cut, weights: WeightStore) -> Program | None:
+def _capture_cut(skeleton: PreTrainedModel, cut: Cut | None, weights: WeightStore) -> Program | None:
     """The program from one traced layer of each kind, or None if that cannot be done."""
+    if cut is None:
+        return None
     try:
         with anchored(skeleton), cut.applied():
             raw = export_graph(skeleton)
-            facts = skeleton.config.to_dict()
+            facts = _facts(skeleton)
     except UnsupportedError:
         return None  # tracing the whole model fails as well, and says why, unless the cut was to blame
     if not cut.proven():
         return None
     return stamp(_program(raw, weights, facts, skeleton.config.model_type), cut)
+
+
+def _facts(skeleton: PreTrainedModel) -> dict[str, Any]:
+    """The config that attention is described by."""
+    return skeleton.config.get_text_config().to_dict()
 
 
 def _program(raw: RawGraph, weights: WeightStore, config: dict[str, Any], model_type: str) -> Program:
@@ -155,7 +162,7 @@ def _program(raw: RawGraph, weights: WeightStore, config: dict[str, Any], model_
     sites, misses = recognize(program)
     if misses or not sites:
         raise _refusal(misses)
-    return program.replace(sites={site.fqn: site for site in sites})
+    return program.replace(sites={site.fqn: site for site in specialize(raw.graph, sites)})
 
 
 def _refusal(misses: list[Miss]) -> UnsupportedError:

@@ -283,5 +283,6 @@ def weight_names(site: AttentionSite) -> tuple[str, ...]:
             names += [part.weight, part.bias]
     names += [site.mask.sinks, *site.mask.bias]
     if site.route is not None:
-        names += [site.route.weight, site.route.bias, site.route.fill]
+        route = site.route
+        names += [route.weight, route.bias, route.fill, route.shared_weight, route.balance]
     return tuple(dict.fromkeys(name for name in names if name is not None))

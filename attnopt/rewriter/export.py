@@ -53,7 +53,7 @@ def example_inputs(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
     accepted = inspect.signature(model.forward).parameters
     dynamic = torch.export.Dim.DYNAMIC
     if model.main_input_name == "pixel_values":
-        config = model.config
+        config = model.config.get_text_config()
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.zeros(BATCH, config.num_channels, height, width)

@@ -27,6 +27,7 @@ from attnopt.rewriter.site import (
 
 def latent_site(
     anchor: fx.Node,
+    context: fx.Node,
     call: Mapping[str, Any],
     maps_q: list[LinearMap],
     maps_k: list[LinearMap],
@@ -36,6 +37,8 @@ def latent_site(
     probe: Probe,
 ) -> AttentionSite:
     """The site of an attention op whose keys come from a decoder `kv_b` and from one shared rotary key.
+
+    Its output projection reads `context`: the op's result, or that times gates.
 
     Raises:
         Mismatch: if the layer is not of DeepSeek's form.
@@ -76,7 +79,7 @@ def latent_site(
     rope = RopeSpec(q_turn.inv_freq, q_turn.style, 0, k_turn.attention_scaling)
 
     q, q_a, q_a_norm = _query(q_map, x, probe)
-    o, output = output_map(anchor, probe)
+    o, output = output_map(context, probe)
     latent = LatentSpec(
         kv_lora_rank=rank,
         d_nope=d_nope,

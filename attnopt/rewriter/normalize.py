@@ -1,8 +1,9 @@
-"""Turns every spelling of attention that capture can meet into the dialect's one op."""
+"""Turns every spelling of attention that capture can meet into the dialect's one op, or a relative that says more."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import fx
 
 from attnopt.rewriter import anchor as _anchor  # noqa: F401 - registers requested_mask
 from attnopt.rewriter.program import walk_back
+from attnopt.rewriter.site import AttentionSite
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.attnopt.attention.default
+SHARED = torch.ops.attnopt.shared_attention.default
+ROUTED = torch.ops.attnopt.routed_attention.default
 REQUESTED = torch.ops.attnopt.requested_mask.default
 
 _SDPA = aten.scaled_dot_product_attention.default
@@ -40,6 +44,45 @@ def normalize(graph: fx.Graph) -> None:
             _rewrite(graph, node, layer)
             layer += 1
     graph.eliminate_dead_code()
+
+
+def specialize(graph: fx.Graph, sites: Iterable[AttentionSite]) -> list[AttentionSite]:
+    """Give layers that read another's map, or switch their heads, the ops for that, in place.
+
+    Args:
+        graph: normalised.
+        sites: recognised in it, in order.
+
+    Returns:
+        the sites, with the new nodes.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    result: dict[str, AttentionSite] = {}
+    for site in sites:
+        anchor, share = nodes[site.nodes.attention], site.share
+        if share is not None and share.edge == "map":
+            owner = result[share.source].layer
+            new = _replaced(graph, anchor, anchor, SHARED, (*anchor.args[:10], owner, site.layer))
+        elif site.route is not None and site.latent is None:
+            (product,) = anchor.users  # times the gates, unsqueezed: see `gates.find_gates`
+            (gates,) = next(n for n in product.all_input_nodes if n is not anchor).all_input_nodes
+            args = (*anchor.args[:3], gates, *anchor.args[3:10], site.layer)
+            new = _replaced(graph, product, anchor, ROUTED, args)
+        else:
+            new = anchor
+        result[site.fqn] = replace(site, nodes=replace(site.nodes, attention=new.name))
+    graph.eliminate_dead_code()
+    return list(result.values())
+
+
+def _replaced(graph: fx.Graph, node: fx.Node, anchor: fx.Node, op: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A call of an op in the place of a node, as part of the module that the anchor is part of."""
+    with graph.inserting_before(node):
+        new = graph.create_node("call_function", op, args, name=op.name().split("::")[1].split(".")[0])
+    new.meta = dict(anchor.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -67,10 +67,12 @@ class Choice:
     Attributes:
         rows: per head, the channel behind each dim; -1 where a dim does not come from this projection.
         factor: [N, d], what it is multiplied by.
+        of: which of these heads each head of the operand is; empty if each is one of its own.
     """
 
     rows: list[list[int]]
     factor: Tensor
+    of: tuple[int, ...] = ()
 
     def in_order(self) -> list[list[int]]:
         """Channels of each head, ascending, absent ones left out."""
@@ -87,8 +89,13 @@ def _places(head: list[int]) -> list[int]:
     return [order.get(row, -1) for row in head]
 
 
-def read_choice(path: Path) -> Choice:
+def read_choice(path: Path, spread: bool = False) -> Choice:
     """Measure which channel every dim of every head comes from.
+
+    Args:
+        path: from the projection to the operand.
+        spread: whether heads may stand there several times, not equally often: key/value heads that serve different
+            numbers of query heads.
 
     Raises:
         Mismatch: if a dim is not one channel times a factor, or heads are laid out differently from one another.
@@ -107,12 +114,24 @@ def read_choice(path: Path) -> Choice:
     if bool(((rows - rows.round()).abs() > 1e-2).any()):
         raise Mismatch("a head's vector is not a choice of projection channels", path.arg)
     choice = Choice([[int(r) for r in head] for head in rows.round().tolist()], factor)
+    if spread:
+        choice = _distinct(choice)
     flat = [row for head in choice.in_order() for row in head]
     if len(set(flat)) != len(flat) or max(flat, default=-1) >= shape[-1]:
         raise Mismatch("heads share channels of a projection", path.arg)
     if len({tuple(_places(head)) for head in choice.rows}) > 1:
         raise Mismatch("heads are laid out differently from one another", path.arg)
     return choice
+
+
+def _distinct(choice: Choice) -> Choice:
+    """The choice without repeated heads; as it is if none is repeated, or all of them equally often."""
+    seen = [tuple(head) for head in choice.rows]
+    once = list(dict.fromkeys(seen))
+    of = tuple(once.index(head) for head in seen)
+    if len(seen) % len(once) == 0 and of == tuple(h * len(once) // len(seen) for h in range(len(seen))):
+        return choice
+    return Choice([list(head) for head in once], choice.factor[[of.index(g) for g in range(len(once))]], of)
 
 
 @dataclass(frozen=True)

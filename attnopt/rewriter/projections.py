@@ -162,7 +162,7 @@ def feeding_maps(node: fx.Node) -> list[LinearMap]:
 
 
 def output_map(anchor: fx.Node, probe: Probe) -> tuple[LinearMap, fx.Node]:
-    """The output projection behind an attention op [B, S, H, dv], and the node holding its result as [B, S, D].
+    """The output projection behind the outputs of heads [B, S, H, dv], and the node holding its result as [B, S, D].
 
     Raises:
         Mismatch: if something other than a change of layout lies between, or heads are not concatenated in order.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.rewriter.gates import find_gates, read_fill, read_route
 from attnopt.rewriter.mla import latent_site
 from attnopt.rewriter.normalize import ATTENTION
 from attnopt.rewriter.paths import Path, Rotation, read_choice, read_rotation
@@ -26,10 +27,13 @@ from attnopt.rewriter.site import (
     Kind,
     MaskSpec,
     RopeSpec,
+    ShareSpec,
     SiteNodes,
 )
 
 _ARGUMENTS = ("q", "k", "v", "bias", "q_pos", "scale", "causal", "window", "softcap", "sinks", "layer")
+#: What a layer computes of queries, keys and values if it takes something from an earlier one.
+_OWN: Mapping[str | None, tuple[int, ...]] = {None: (0, 1, 2), "map": (2,), "kv": (0,)}
 
 
 @dataclass(frozen=True)
@@ -55,53 +59,91 @@ def recognize(program: Program) -> tuple[list[AttentionSite], list[Miss]]:
         the sites in forward order, and what was not understood.
     """
     probe = Probe(program)
-    sites: list[AttentionSite] = []
     misses: list[Miss] = []
+    found: dict[fx.Node, AttentionSite] = {}
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             misses.append(Miss("the model builds or changes its attention mask itself (ALiBi does so)", (node.name,)))
         if node.target is not ATTENTION:
             continue
         try:
-            sites.append(_site(node, probe))
+            found[node] = _site(node, found, probe)
         except Mismatch as problem:
             owner = ([*module_paths(node)] or ["?"])[-1]
             misses.append(Miss(f"{owner}: {problem.reason}", problem.nodes))
-    return sites, misses
+    return list(found.values()), misses
 
 
-def _site(anchor: fx.Node, probe: Probe) -> AttentionSite:
+def _site(anchor: fx.Node, earlier: Mapping[fx.Node, AttentionSite], probe: Probe) -> AttentionSite:
+    gates = find_gates(anchor)
+    context = anchor if gates is None else gates.result
+    site = _unrouted_site(anchor, context, earlier, probe)
+    if gates is None:
+        return site
+    x, q = probe.program.node(site.nodes.input), anchor.args[0]
+    assert isinstance(q, fx.Node)
+    starts = tuple(m.node for m in feeding_maps(q))
+    route, works = read_route(gates, x, q, starts, site.kv_head_of, probe)
+    added = read_fill(probe.program.node(site.nodes.output), works, x, probe)
+    if added is None:
+        return replace(site, route=route)
+    fill, output = added
+    return replace(site, route=replace(route, fill=fill), nodes=replace(site.nodes, output=output.name))
+
+
+def _unrouted_site(
+    anchor: fx.Node, context: fx.Node, earlier: Mapping[fx.Node, AttentionSite], probe: Probe
+) -> AttentionSite:
+    """The site of an attention op, whose output projection reads `context`, gates left aside."""
     call: dict[str, Any] = dict(zip(_ARGUMENTS, anchor.args, strict=True))
     fqn = ([*module_paths(anchor)] or [""])[-1]
     q, k, v = call["q"], call["k"], call["v"]
     maps_q, maps_k, maps_v = feeding_maps(q), feeding_maps(k), feeding_maps(v)
     mask = _mask(call)
     if len(maps_k) == 2 and len(maps_v) == 1:
-        base = latent_site(anchor, call, maps_q, maps_k, maps_v[0], mask, fqn, probe)
+        base = latent_site(anchor, context, call, maps_q, maps_k, maps_v[0], mask, fqn, probe)
         return replace(base, rope=_named(base.rope, probe.program, fqn, base.layer))
     for what, maps, node in (("query", maps_q, q), ("key", maps_k, k), ("value", maps_v, v)):
         if len(maps) != 1:
             raise Mismatch(f"the {what} comes from {len(maps)} projections", node)
-    return _plain_site(anchor, call, (maps_q[0], maps_k[0], maps_v[0]), mask, fqn, probe)
+    sources = (maps_q[0], maps_k[0], maps_v[0])
+    return _plain_site(anchor, context, call, sources, mask, fqn, _share(anchor, earlier), probe)
+
+
+def _share(anchor: fx.Node, earlier: Mapping[fx.Node, AttentionSite]) -> ShareSpec | None:
+    """What a layer takes from an earlier one that computes its own: the very same tensors are read."""
+    for node, site in earlier.items():
+        q, k, v = (mine is theirs for mine, theirs in zip(anchor.args[:3], node.args[:3], strict=True))
+        if site.share is None and k and q != v:
+            if v:
+                return ShareSpec(site.fqn, "kv")
+            if anchor.args[3:10] == node.args[3:10]:
+                return ShareSpec(site.fqn, "map")
+    return None
 
 
 def _plain_site(
     anchor: fx.Node,
+    context: fx.Node,
     call: Mapping[str, Any],
     maps: tuple[LinearMap, LinearMap, LinearMap],
     mask: MaskSpec,
     fqn: str,
+    share: ShareSpec | None,
     probe: Probe,
 ) -> AttentionSite:
-    if not maps[0].x is maps[1].x is maps[2].x:
+    own = _OWN[share.edge if share else None]
+    if len({maps[i].x for i in own}) > 1:
         raise Mismatch("queries, keys and values are projected from different tensors (cross-attention)", anchor)
     heads, d_qk = _sizes(call["q"])
-    kv_heads, d_k = _sizes(call["k"])
-    d_v = _sizes(call["v"])[1]
+    d_k, d_v = _sizes(call["k"])[1], _sizes(call["v"])[1]
     if d_k != d_qk:
         raise Mismatch(f"queries have {d_qk} dims and keys {d_k}", anchor)
     paths = [Path.trace(probe, m, arg) for m, arg in zip(maps, (call["q"], call["k"], call["v"]), strict=True)]
-    choices = [read_choice(path) for path in paths]
+    choices = [read_choice(path, spread) for path, spread in zip(paths, (False, True, True), strict=True)]
+    kv_heads, kv_of = len(choices[1].rows), choices[1].of
+    if kv_of != choices[2].of:
+        raise Mismatch("query heads read keys and values of different heads", anchor)
     for what, path, choice in zip(("query", "key", "value"), paths, choices, strict=True):
         if any(row < 0 for head in choice.rows for row in head):
             raise Mismatch(f"part of the {what} does not come from its projection", path.arg)
@@ -115,12 +157,12 @@ def _plain_site(
         raise Mismatch("queries and keys order their dims differently", anchor)
     if rope is None and choices[0].permutation() != list(range(d_qk)):
         raise Mismatch("the query reorders its dims", call["q"])
-    o, output = output_map(anchor, probe)
+    o, output = output_map(context, probe)
     projections = [m.projection(r for head in c.in_order() for r in head) for m, c in zip(maps, choices, strict=True)]
     kind: Kind = "mha" if kv_heads == heads else "mqa" if kv_heads == 1 else "gqa"
     entries = (CacheEntry("key", kv_heads, d_qk), CacheEntry("value", kv_heads, d_v)) if mask.causal else ()
     layer = int(call["layer"])
-    return AttentionSite(
+    site = AttentionSite(
         fqn=fqn,
         layer=layer,
         kind=kind,
@@ -139,8 +181,19 @@ def _plain_site(
         cache=CacheSpec(entries),
         scale=float(call["scale"]) * factor,
         latent=None,
-        nodes=SiteNodes(maps[0].x.name, anchor.name, output.name),
+        nodes=SiteNodes(maps[own[0]].x.name, anchor.name, output.name),
+        kv_of=kv_of,
     )
+    return site if share is None else _without_lent(site, share)
+
+
+def _without_lent(site: AttentionSite, share: ShareSpec) -> AttentionSite:
+    """The facts of a layer without what it takes from another."""
+    site = replace(site, share=share, k=None, k_norm=None)
+    if share.edge == "kv":
+        return replace(site, v=None, cache=CacheSpec())
+    entries = tuple(entry for entry in site.cache.entries if entry.name == "value")
+    return replace(site, q=None, q_norm=None, rope=None, cache=CacheSpec(entries))
 
 
 def _sizes(arg: fx.Node) -> tuple[int, int]:

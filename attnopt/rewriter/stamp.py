@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attnopt.rewriter.normalize import ATTENTION
+from attnopt.rewriter.normalize import ATTENTION, ROUTED
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.segments import Segment, assign_segments, layer_path, segment_graph
-from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projection, SiteNodes
+from attnopt.rewriter.site import AttentionSite, LatentSpec, NormSpec, Projection, RouteSpec, SiteNodes
 from attnopt.rewriter.weights import Value
 
 
@@ -176,6 +176,11 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _without(entry: Any, index: int) -> Any:
+    """A layer's entry in a list of the config; of a path, what does not say the layer's own number."""
+    return entry.replace(f".{index}.", "..") if isinstance(entry, str) else entry
+
+
 def cut_layers(model: nn.Module, least: int = 1) -> Cut | None:
     """Choose representatives, or None if the model has no single list of layers or too few to gain anything.
 
@@ -201,7 +206,8 @@ def cut_layers(model: nn.Module, least: int = 1) -> Cut | None:
     kind: list[int] = []
     for i, layer in enumerate(layers):
         for place, j in enumerate(chosen):
-            if all(v[i] == v[j] for v in per_layer) and same_layer(layers[j], layer, j, i):
+            alike = all(_without(v[i], i) == _without(v[j], j) for v in per_layer)
+            if alike and same_layer(layers[j], layer, j, i):
                 kind.append(place)
                 break
         else:
@@ -289,8 +295,8 @@ class _Stamper:
             operand(source)
         copied = self.graph.node_copy(node, operand)
         copied.meta = self._moved_meta(node.meta, move)
-        if move is not None and node.target is ATTENTION:
-            copied.update_arg(10, move[1])
+        if move is not None and node.target in (ATTENTION, ROUTED):
+            copied.update_arg(len(node.args) - 1, move[1])
         return copied
 
     def _weight(self, node: fx.Node, move: tuple[int, int] | None) -> fx.Node:
@@ -338,6 +344,13 @@ class _Stamper:
             changes |= {n: norm(getattr(part, n)) for n in ("kv_a_norm", "q_a_norm")}
             return replace(part, **changes, q_map=named(part.q_map))
 
+        def route(part: RouteSpec | None) -> RouteSpec | None:
+            if part is None:
+                return None
+            names = ("weight", "bias", "fill", "shared_weight", "balance")
+            changes: dict[str, Any] = {name: named(getattr(part, name)) for name in names}
+            return replace(part, **changes)
+
         o = projection(site.o)
         assert o is not None
         return replace(
@@ -354,5 +367,6 @@ class _Stamper:
                 site.mask, sinks=named(site.mask.sinks), bias=tuple(self._rename(b, move) for b in site.mask.bias)
             ),
             latent=latent(site.latent),
+            route=route(site.route),
             nodes=SiteNodes(nodes[site.nodes.input], nodes[site.nodes.attention], nodes[site.nodes.output]),
         )

@@ -52,6 +52,11 @@ def test_a_plan_is_printed_edited_and_applied(cli: Cli, four_layers: Path, tmp_p
     manifest = json.loads((tmp_path / "out" / "attnopt.json").read_text())
     assert manifest["plan"]["sites"] == document["sites"]
     assert manifest["layers"][0]["keep"] == [2, 3]
+    again = cli("inspect", tmp_path / "out", "--json").document
+    assert again["cached_numbers_per_token"] == 112
+    assert again["model_type"] == "llama"
+    assert [site["cached_numbers_per_token"] for site in again["sites"]] == [32, 16, 32, 32]
+    assert again["sites"][1]["original_heads"] == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,29 @@ def test_what_no_class_can_hold_is_refused_before_work_starts(cli: Cli, tmp_path
     assert not (tmp_path / "out").exists()
     written = cli("convert", gpt2, "--to", "dimap", "-o", tmp_path / "out", "--json").document
     assert written["emitted_as"] == "gpt2"
+
+
+def test_what_was_shared_and_routed_is_inspected(cli: Cli, four_layers: Path, tmp_path: Path) -> None:
+    layers = [f"model.layers.{i}.self_attn" for i in range(4)]
+    route = {"type": "qnorm", "unit": "head", "shared": [1], "k": 2, "gate": "binary"}
+    plan = cli("convert", four_layers, "--to", "dimap", "--dry-run", "--json").document
+    plan |= {
+        "pipeline": "share{fill=none},moh{router=qnorm fill=none}",
+        "sites": {
+            layers[1]: {"share": {"map_from": layers[0], "head_map": [0, 1, 2, 3]}},
+            layers[2]: {"route": route},
+        },
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    cli("convert", four_layers, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out", "-q")
+    sites = cli("inspect", tmp_path / "out", "--json").document["sites"]
+    assert [site["cached_numbers_per_token"] for site in sites] == [32, 16, 32, 32]
+    assert sites[1]["share"] == {"edge": "map", "source": layers[0]}
+    wanted = {"router": "qnorm", "gate": "binary", "shared": [1], "unit": "head", "units": 3, "active": 2}
+    assert sites[2]["route"] == wanted
+    shown = cli("inspect", tmp_path / "out").out
+    assert "gqa, shared map" in shown
+    assert "gqa, routed" in shown
 
 
 def test_an_illegal_order_is_refused_at_once(cli: Cli, four_layers: Path, tmp_path: Path) -> None:

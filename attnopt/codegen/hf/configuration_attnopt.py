@@ -104,6 +104,8 @@ class AttnoptConfig(PretrainedConfig):
             fill: whether the router has a bias and idle units add a constant.
         rope_tables: inverse frequencies in radians per position, one list per distinct table, one entry per pair.
         paths: module of each attention layer below the backbone; by default those of a decoder.
+        head_ids: number that each query head has in the original model, by the path of its layer, where heads were
+            removed or moved. Nothing is computed from it.
         load_balance: weight of the load-balance loss in the loss of a model with weighted gates.
         resized: linear maps of other sizes than the source's, by their path below the backbone: [out, in].
         semantics: must equal SEMANTICS.
@@ -125,6 +127,7 @@ class AttnoptConfig(PretrainedConfig):
         resized: dict[str, list[int]] | None = None,
         semantics: dict[str, Any] | None = None,
         load_balance: float = 0.01,
+        head_ids: dict[str, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         unknown = [
@@ -148,6 +151,7 @@ class AttnoptConfig(PretrainedConfig):
         self.rope_tables = rope_tables or []
         self.resized = resized or {}
         self.load_balance = load_balance
+        self.head_ids = head_ids or {}
         self.semantics = dict(SEMANTICS) if semantics is None else semantics
         for name in _TOKENS:
             kwargs.setdefault(name, getattr(text_config, name, None))
@@ -174,6 +178,31 @@ class AttnoptConfig(PretrainedConfig):
                 self._check_grouped(where, index, layer)
             if layer.get("route") is not None:
                 _check_route(where, layer["heads"], layer["route"])
+        self._check_head_ids()
+
+    def provenance(self) -> dict[str, Any]:
+        """What reading such a model back needs and its graph does not tell, for attnopt.
+
+        Returns:
+            config: of the source architecture, as plain data, with the type of the tensors; rewritten: module paths of
+            rewritten layers; head_ids: by module path; resized: names of weights of other sizes than the source's.
+        """
+        source = self.text_config.to_dict() | {"dtype": self.to_dict().get("dtype")}
+        source["tie_word_embeddings"] = self.tie_word_embeddings
+        return {
+            "config": source,
+            "rewritten": [f"model.{path}" for path, layer in zip(self.paths, self.layers, strict=True) if layer],
+            "head_ids": {f"model.{path}": list(ids) for path, ids in self.head_ids.items()},
+            "resized": [f"model.{path}.weight" for path in self.resized],
+        }
+
+    def _check_head_ids(self) -> None:
+        for path, ids in self.head_ids.items():
+            layer = self.layers[self.paths.index(path)] if path in self.paths else None
+            if layer is None:
+                raise ValueError(f"attnopt config: head_ids of {path!r}, which is no rewritten layer")
+            if len(set(ids)) != layer["heads"] or len(ids) != layer["heads"] or any(type(i) is not int for i in ids):
+                raise ValueError(f"attnopt config: head_ids of {path}: {ids} do not number its {layer['heads']} heads")
 
     def _check_grouped(self, where: str, index: int, layer: dict[str, Any]) -> None:
         if layer["kind"] != "grouped":

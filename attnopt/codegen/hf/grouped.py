@@ -71,7 +71,7 @@ def grouped_layer(program: Program, site: AttentionSite) -> tuple[dict[str, Valu
         "window": site.mask.window,
         "norm_eps": norms[0] if norms else None,
         "bias_window": None,
-        "instead_of": f"{site.fqn.rpartition('.')[0]}.{beside}" if beside else None,
+        "instead_of": f"{site.fqn.removeprefix('model.').rpartition('.')[0]}.{beside}" if beside else None,
         "share": None,
         "route": None,
     }
@@ -109,10 +109,12 @@ def resized_maps(program: Program) -> dict[str, list[int]]:
     """Linear maps outside attention that passes have shrunk, by their path: [out, in]."""
     inside = tuple(f"{fqn}." for fqn in program.sites)
     found = {}
+    before = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and n.meta.get("resized")}
     for name in program.weight_names:
         bare = canonical(name)
-        if bare != name and bare.endswith(".weight") and bare in program.weights and not bare.startswith(inside):
-            shape = meta_of(program.weights[name]).shape
-            if len(shape) == 2 and shape != meta_of(program.weights[bare]).shape:
-                found[bare.removesuffix(".weight")] = list(shape)
+        if not bare.endswith(".weight") or bare not in program.weights or bare.startswith(inside):
+            continue
+        shape = meta_of(program.weights[name]).shape
+        if name in before or (bare != name and len(shape) == 2 and shape != meta_of(program.weights[bare]).shape):
+            found[bare.removesuffix(".weight")] = list(shape)
     return found

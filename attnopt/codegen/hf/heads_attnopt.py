@@ -82,8 +82,9 @@ class HeadRouter(nn.Module):
     def weigh(self, x: torch.Tensor, scores: torch.Tensor, works: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates of the shared heads [B, S, shared or 1] and of the units [B, S, units]; zero weights give 1."""
         p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        tokens = tuple(range(p.dim() - 1))
-        self.load = len(self.units) * (p.mean(tokens) * works.to(p.dtype).mean(tokens)).sum()
+        if not torch.compiler.is_exporting():  # a traced graph holds the result alone
+            tokens = tuple(range(p.dim() - 1))
+            self.load = len(self.units) * (p.mean(tokens) * works.to(p.dtype).mean(tokens)).sum()
         gates = self.active * p * works / (p * works).sum(-1, keepdim=True)
         always = torch.ones_like(gates[..., :1])
         if self.share is not None:
@@ -224,14 +225,14 @@ class GroupedAttention(nn.Module):
         q, k, v = self.project(hidden_states, position_embeddings, lent)
         if past_key_values is not None:
             k, v = self.remember(past_key_values, k, v)
+        k, v = k if self.edge else self.spread(k), v if self.edge == "kv" else self.spread(v)
         if self.bias is not None:
-            attention_mask = self.windowed(attention_mask, len(hidden_states))
+            attention_mask = self.windowed(attention_mask, hidden_states.shape[0])
         weights = lent.get("map") if self.edge == "map" else None
         plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
+        plain = plain and not torch.compiler.is_exporting()  # a traced graph serves every length
         if plain and self.lends and q.shape[2] * k.shape[2] <= self.cost(q, k):
-            weights = attention_map(
-                q, k[:, self.kv_of] if self.kv_of else k, attention_mask, self.scale, self.is_causal
-            )
+            weights = attention_map(q, k, attention_mask, self.scale, self.is_causal)
         if self.lends:
             assert shared is not None
             shared[self.layer_idx] = {"q": q, "k": k, "v": v, "map": weights}
@@ -246,7 +247,7 @@ class GroupedAttention(nn.Module):
     def project(
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None, lent: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(queries [B, H, S, d], keys [B, K, S, d], values [B, K, S, d_v]), lent ones with all tokens so far."""
+        """(q [B, H, S, d], k [B, K, S, d], v [B, K, S, d_v]); lent ones `spread`, of all tokens so far."""
         q = lent["q"] if self.edge == "map" else self.turned(self.q_proj(x), self.heads, self.q_norm, positions)
         k = lent["k"] if self.edge else self.turned(self.k_proj(x), self.kv_heads, self.k_norm, positions)
         if self.edge == "kv":
@@ -270,6 +271,10 @@ class GroupedAttention(nn.Module):
             return k, cache.update(v, v[..., :0], self.layer_idx)[0]
         return cache.update(k, v, self.layer_idx)
 
+    def spread(self, heads: torch.Tensor) -> torch.Tensor:
+        """Keys or values [B, K, T, d], one for each query head [B, H, T, d] if those are not evenly divided."""
+        return torch.cat([heads[:, g : g + 1] for g in self.kv_of], 1) if self.kv_of else heads
+
     def cost(self, q: torch.Tensor, k: torch.Tensor) -> int:
         """Numbers per head that the map is computed from; a map of more is not handed on."""
         return (q.shape[2] + k.shape[2]) * self.d_qk
@@ -278,8 +283,6 @@ class GroupedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None
     ) -> torch.Tensor:
         """[B, S, H, d_v], from the map where there is one."""
-        if self.kv_of:
-            k, v = k[:, self.kv_of], v[:, self.kv_of]
         if weights is not None:
             return spread_product(weights, v).transpose(1, 2)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -292,7 +295,7 @@ class GroupedAttention(nn.Module):
         bias = self.bias()
         if mask is None:
             return bias
-        hidden = mask.unsqueeze(1).unsqueeze(0).expand(rows // len(mask), -1, -1, -1, -1)
+        hidden = mask.unsqueeze(1).unsqueeze(0).expand(rows // mask.shape[0], -1, -1, -1, -1)
         return bias + hidden.reshape(-1, 1, *mask.shape[-2:])
 
 

@@ -127,12 +127,12 @@ class LatentAttention(nn.Module):
     def expanded(
         self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention of a prompt over itself: S == T, and no mask means causal; else as `absorbed`."""
+        """Attention of a prompt over itself, [B, S, H, d_v]: S == T, and no mask means causal; else as `absorbed`."""
         rows = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         nope, value = rows.split((self.d_nope, self.d_v), dim=-1)
         keys = torch.cat((nope, key.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        return attend(self, q, keys, value, mask, dropout=0.0, scaling=self.scale)[0].transpose(1, 2)
+        return attend(self, q, keys, value, mask, dropout=0.0, scaling=self.scale)[0]
 
     def absorbed(
         self, q: torch.Tensor, latent: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
@@ -145,7 +145,7 @@ class LatentAttention(nn.Module):
             mask: additive, broadcastable to [B, 1, S, T]; None if every query sees every token.
 
         Returns:
-            [B, H, S, d_v].
+            [B, S, H, d_v].
         """
         heads, steps = q.shape[1:3]
         w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.rank).split((self.d_nope, self.d_v), dim=1)
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
             scores = scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         attended = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, steps))
-        return torch.einsum("bhsr,hvr->bhsv", attended, w_uv)
+        return torch.einsum("bhsr,hvr->bshv", attended, w_uv)
 
     def forward(
         self,
@@ -198,7 +198,6 @@ class LatentAttention(nn.Module):
                 first = past if isinstance(past, torch.Tensor) else min(past, total - steps)
                 attention_mask = additive(slots <= slots[:steps, None] + first, q.dtype)
             out = self.absorbed(q, latent, key, attention_mask)
-        out = out.transpose(1, 2)
         result = self.o_proj((out if gates is None else out * gates.unsqueeze(-1)).flatten(-2))
         return result if idle is None else result + idle, None
 
@@ -268,8 +267,10 @@ class AttnoptPreTrainedModel(PreTrainedModel):
                 self.model.set_submodule(record["instead_of"], nn.Identity())
         resize(self.model, config.resized)
         self.routers = tuple(module for module in self.model.modules() if isinstance(module, HeadRouter))
-        # transformers asks the backbone to initialise what lies inside it, and that does not know our modules.
-        self.model._init_weights = self._init_weights
+        # transformers asks the models inside to initialise what lies in them, and these do not know our modules.
+        models: list[Any] = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        for model in models:
+            model._init_weights = self._init_weights
 
 
 class AttnoptForCausalLM(AttnoptPreTrainedModel, GenerationMixin):
@@ -329,14 +330,25 @@ class AttnoptModel(AttnoptPreTrainedModel):
     def __init__(self, config: AttnoptConfig) -> None:
         super().__init__(config)
         self.model = AutoModel.from_config(config.text_config)
+        self.main_input_name = self.model.main_input_name
         self.rewrite()
         self.post_init()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The source class's outputs."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The source class's outputs. The first argument is what it reads: token ids, or pixels."""
+        named = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         if self.shares:
             kwargs[SHARED] = {}
-        return self.model(*args, **kwargs)
+        return self.model(input_ids if pixel_values is None else pixel_values, **kwargs)
 
 
 class AttnoptForImageClassification(AttnoptModel):

@@ -107,7 +107,8 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
         raise UnsupportedError(str(refusal), "convert a model of a listed architecture")
     dtype = dtype or source_dtype(program)
     encoder = _encoder_class(program)
-    prefix = "" if encoder is None else "model."
+    # Our class holds an encoder as `model`; of one that was read back, the names say so already.
+    prefix = "" if encoder is None or program.site_list[0].fqn.startswith("model.") else "model."
     tables: list[tuple[float, ...]] = []
     records: list[dict[str, Any] | None] = []
     values = {prefix + name: value for name, value in outside_attention(program).items()}
@@ -131,15 +132,16 @@ def build(program: Program, dtype: torch.dtype | None = None) -> Emission:
         values |= {f"{prefix}{site.fqn}.{name}": value for name, value in tensors.items()}
     for beside in [one["instead_of"] for one in records if one and one.get("instead_of")]:
         if beside:
-            gone = f"{prefix}{beside}."
+            gone = f"model.{beside}."
             values = {name: value for name, value in values.items() if not name.startswith(gone)}
-    paths = [site.fqn if encoder else site.fqn.removeprefix("model.") for site in program.site_list]
+    paths = [site.fqn.removeprefix("model.") for site in program.site_list]
+    head_ids = {p: list(site.head_ids) for p, site in zip(paths, program.site_list, strict=True) if site.head_ids}
     if encoder is None:
         everywhere = range(program.config["num_hidden_layers"])
         by_path = dict(zip(paths, records, strict=True))
         records, paths = [by_path.get(f"layers.{i}.self_attn") for i in everywhere], []
-    resized = {name.removeprefix("model.") if encoder is None else name: s for name, s in resized_maps(program).items()}
-    config = _config(program, records, tables, dtype, paths or None, resized)
+    resized = {name.removeprefix("model."): size for name, size in resized_maps(program).items()}
+    config = _config(program, records, tables, dtype, paths or None, resized, head_ids)
     cached = sum(site.cached_numbers_per_token for site in program.site_list)
     architecture = encoder or "AttnoptForCausalLM"
     auto = architecture.replace("Attnopt", "AutoModel", 1).replace("AutoModelModel", "AutoModel")
@@ -250,6 +252,7 @@ def _config(
     dtype: torch.dtype,
     paths: list[str] | None,
     resized: dict[str, list[int]],
+    head_ids: dict[str, list[int]],
 ) -> Any:
     from attnopt.codegen.hf.configuration_attnopt import AttnoptConfig
 
@@ -261,5 +264,6 @@ def _config(
         rope_tables=[list(table) for table in tables],
         paths=paths,
         resized=resized,
+        head_ids=head_ids,
         dtype=dtype,
     )

@@ -234,8 +234,14 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     def rotary(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
         return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
 
+    def stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # All of them, largest first or last; TopK, too, puts the lower index first where numbers are equal.
+        count = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
+        return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
+
     ops = torch.ops.attnopt
     return {
+        torch.ops.aten.sort.stable: stable_sort,
         ops.cache_write.default: cache_write,
         ops.onnx_attention.default: attention,
         ops.onnx_rotary.default: rotary,

@@ -45,8 +45,7 @@ class Contribution(Metric):
     def result(self) -> dict[str, Tensor]:
         view = self.view
         context = view.context.flatten(0, 1)  # [tokens, H, dv]
-        sizes = norms(context, view.output_gram)
-        groups = norms(context.unflatten(1, (view.call.groups, -1)).flatten(2), view.group_gram)
+        sizes, groups = view.head_norms(context), view.group_norms(context)
         return {
             "contribution": sizes.mean(0),
             "contribution_variance": sizes.var(0, unbiased=False),
@@ -60,9 +59,3 @@ class Contribution(Metric):
         added = torch.einsum("thv,hvd->htd", context[at.to(context.device)], self.view.w_o)
         added = torch.nn.functional.normalize(added.double(), dim=-1)
         return torch.einsum("htd,gtd->hg", added, added) / len(at)
-
-
-def norms(vectors: Tensor, gram: Tensor) -> Tensor:
-    """sqrt(v gram vᵀ) of vectors [tokens, n, p] and gram matrices [n, p, p]: [tokens, n] float64."""
-    by_head = vectors.transpose(0, 1)
-    return ((by_head @ gram) * by_head).sum(-1).clamp(min=0).double().sqrt().T

@@ -27,7 +27,8 @@ DESCRIBED = {
 
 
 def lamp_scores(site: AttentionSite, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Scores of a layer's heads and KV groups; empty for latent attention, whose heads share their keys' weights.
+    """Scores of a layer's heads and KV groups; empty for latent attention, whose heads share their keys' weights, and
+    for layers that take queries, keys or values from another.
 
     Args:
         site: the layer.
@@ -35,14 +36,14 @@ def lamp_scores(site: AttentionSite, read: Callable[[str], Tensor]) -> dict[str,
     """
     if site.latent is not None or site.q is None or site.k is None or site.v is None:
         return {}
-    groups, per_group = site.kv_heads, site.heads // site.kv_heads
+    groups = site.kv_heads
     queries = _energy(site.q, read).view(site.heads, -1).sum(1)
     outputs = _matrix(site.o, read).pow(2).sum(0).view(site.heads, -1).sum(1)
     keys = _energy(site.k, read).view(groups, -1).sum(1)
     values = _energy(site.v, read).view(groups, -1).sum(1)
     head = queries + outputs
-    group = head.view(groups, per_group).sum(1) + keys + values
-    return {"lamp": lamp(group if per_group == 1 else head), "kv_lamp": lamp(group)}
+    group = (keys + values).index_add(0, torch.tensor(site.kv_head_of, device=head.device), head)
+    return {"lamp": lamp(group if groups == site.heads else head), "kv_lamp": lamp(group)}
 
 
 def lamp(energy: Tensor) -> Tensor:

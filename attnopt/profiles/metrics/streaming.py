@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from attnopt.profiles.metric import Metric
-from attnopt.profiles.metrics.contribution import norms
 from attnopt.profiles.metrics.mass import streaming_mass
 from attnopt.profiles.profile import MetricInfo
 from attnopt.profiles.settings import Settings
@@ -28,7 +27,7 @@ class Streaming(Metric):
 
     def __init__(self, view: LayerView) -> None:
         super().__init__(view)
-        self.error = torch.zeros(view.call.groups, dtype=torch.float64, device=view.output.device)
+        self.error = torch.zeros(view.site.kv_heads, dtype=torch.float64, device=view.output.device)
 
     @classmethod
     def describe(cls, settings: Settings, bins: int) -> dict[str, MetricInfo]:
@@ -64,7 +63,7 @@ class Streaming(Metric):
             context = context * gates.transpose(1, 2)[..., None]
         dense = view.context[:, block.first : block.first + count].transpose(1, 2)
         change = (context - dense).transpose(1, 2).flatten(0, 1)
-        self.error += norms(change.unflatten(1, (view.call.groups, -1)).flatten(2), view.group_gram).pow(2).sum(0)
+        self.error += view.group_norms(change).pow(2).sum(0)
 
     def result(self) -> dict[str, Tensor]:
         return {"streaming_error": self.error / self.view.output.double().pow(2).sum().clamp(min=1e-300)}
