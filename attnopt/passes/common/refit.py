@@ -18,6 +18,9 @@ RATE = 0.003
 RACE = (0.5, 1.0, 2.0)
 #: Root mean square of an entry in an update of Muon at rate 1, as `match_rms_adamw` scales it.
 MUON_SIZE = 0.2
+#: How often `backtracking` tries, each time with steps so much shorter, until the error falls below so much of what it
+#: was; and by how much they may grow again from layer to layer.
+ATTEMPTS, SHORTER, WORTH, LONGER = 3, 3.0, 0.99, 1.5
 #: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
 EPOCHS, REFIT_TOKENS = 8, 131_072
 
@@ -46,11 +49,13 @@ class Fitted:
     Attributes:
         weights: the best seen on the held-out windows.
         before, after: weighted squared error relative to the target's square there, at the start and of `weights`.
+        rate: largest relative step.
     """
 
     weights: Mapping[str, Tensor]
     before: float
     after: float
+    rate: float
 
 
 #: Each makes what one step is taken on.
@@ -102,7 +107,7 @@ def refit(
     train = train[: parallel.smallest_of(len(train))]  # all processes take equally many steps
     steps = epochs * len(train)
     if steps == 0 or before < 1e-12:
-        return Fitted(best, before, before)
+        return Fitted(best, before, before, rate)
     fit = _Fit(start, rate, free or {})
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
@@ -123,7 +128,7 @@ def refit(
             error = error_of(now, held_out)
             if error < best_error:
                 best, best_error = now, error
-    return Fitted(best, before, best_error)
+    return Fitted(best, before, best_error, rate)
 
 
 class _Fit:
@@ -178,6 +183,27 @@ class _Fit:
 def _squared(vectors: Tensor, example: Example) -> Tensor:
     """Weighted sum of squares of vectors [B, S, D]."""
     return (example.weights[..., None].to(vectors.dtype) * vectors**2).sum()
+
+
+def backtracking(
+    start: Mapping[str, Tensor], train: Examples, held_out: Examples, *, epochs: int, rate: float, seed: int = 0
+) -> Fitted:
+    """`refit`, again with shorter steps while that brings nothing: the less error is left, the shorter they must be.
+
+    Args:
+        start, train, held_out, epochs, seed: as for `refit`.
+        rate: to begin with; see `next_rate`.
+    """
+    for shorter in range(ATTEMPTS):
+        fitted = refit(start, train, held_out, epochs=epochs, rate=rate / SHORTER**shorter, seed=seed)
+        if fitted.after < WORTH * fitted.before:
+            break
+    return fitted
+
+
+def next_rate(fitted: Fitted) -> float:
+    """Where to begin in the next layer: with steps somewhat longer than those that served this one."""
+    return min(RATE, LONGER * fitted.rate)
 
 
 def best_rate(

@@ -124,7 +124,8 @@ def refit(
         layer: the start.
         source: the layer it was made from.
         train, held_out: windows to fit on and to judge by.
-        epochs, rate: as there.
+        epochs: passes over `train`.
+        rate: largest relative step to begin with.
         seed: of the order of windows, and of which queries of each are looked at first.
 
     Returns:
@@ -143,7 +144,7 @@ def refit(
     def judged(make: Callable[[], Sequence[Window]]) -> list[fitting.Example]:
         return [window.example(layer, source) for window in make()]
 
-    fitted = fitting.refit(
+    fitted = fitting.backtracking(
         start,
         [partial(step, make, turn) for make, turn in zip(train, turns, strict=True)],
         [partial(judged, make) for make in held_out],

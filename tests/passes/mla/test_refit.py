@@ -130,3 +130,20 @@ def test_every_query_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat([part.weights for part in parts[1:]], 1), window.weights)
     whole = window.example(start, layer).output({})
     assert relative(torch.cat([part.output({}) for part in parts[1:]], 1), whole) < 1e-12
+
+
+def test_steps_that_harm_are_taken_shorter_and_may_grow_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator, dtype=torch.float64)
+    truth = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    example = fitting.Example(lambda w: (x @ w["w"])[None], (x @ truth)[None], torch.ones(1, 64))
+    near = {"w": truth + 0.003 * torch.randn(8, 8, generator=generator, dtype=torch.float64)}
+    windows = [lambda: [example]] * 16
+    long = fitting.refit(near, windows, windows, epochs=1, rate=0.2)
+    assert long.after == long.before
+    found = fitting.backtracking(near, windows, windows, epochs=1, rate=0.2)
+    assert found.after < found.before
+    assert found.rate == pytest.approx(0.2 / 9)
+    assert fitting.next_rate(found) == min(fitting.RATE, 0.3 / 9)
+    far = fitting.backtracking({"w": truth + 0.5}, windows, windows, epochs=1, rate=0.002)
+    assert (far.rate, fitting.next_rate(far)) == (0.002, 0.003)
