@@ -1,4 +1,7 @@
 # The newcomer's commands: `make demo` and `make test`. Both set up .venv first, once.
+# Where this is set, every process would compile torch and transformers anew: 15 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +22,8 @@ help:
 
 setup: $(STAMP)
 
-# pip's byte compiling costs half a minute for files most of which are never imported; Python compiles on first import.
+# pip's byte compiling costs half a minute for files most of which are never imported; Python compiles on first import
+# (and keeps the result: see the top).
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "attnopt needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
