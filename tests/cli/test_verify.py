@@ -62,6 +62,7 @@ def test_refusals_before_a_process_is_started(
     assert hint in outcome.err
 
 
+@pytest.mark.slow
 def test_lm_eval_that_cannot_be_imported(
     cli: Run, roomy: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def compile_with(model: Any, reports: list[Any] | None = None, **options: Any) -
     return torch.compile(model, backend=backend, options=options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f == "bert" else f for f in FAMILIES])
 def test_logits_equal_eager(family: str) -> None:
     model, reports = build(family), []
     model.set_attn_implementation("sdpa")

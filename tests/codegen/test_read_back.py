@@ -189,10 +189,10 @@ def test_a_second_conversion_gives_what_one_pipeline_gives(first: str, then: str
     ("first", "then", "rule"),
     [
         (UNEVEN, "prune", "routers are made for the heads there are"),
-        (UNEVEN, "share", "its heads are routed"),
-        (UNEVEN, "moh", "routed already"),
-        (UNEVEN, "to-mla", "its heads are routed"),
-        (LATENT, "share", "latent attention"),
+        pytest.param(UNEVEN, "share", "its heads are routed", marks=pytest.mark.slow),
+        pytest.param(UNEVEN, "moh", "routed already", marks=pytest.mark.slow),
+        pytest.param(UNEVEN, "to-mla", "its heads are routed", marks=pytest.mark.slow),
+        pytest.param(LATENT, "share", "latent attention", marks=pytest.mark.slow),
         (LATENT, "to-mla", "multi-head latent attention already"),
     ],
 )
@@ -208,7 +208,7 @@ def profiled(program: Program) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", [UNEVEN, EVEN, LATENT])
+@pytest.mark.parametrize("pipeline", [UNEVEN, *(pytest.param(p, marks=pytest.mark.slow) for p in (EVEN, LATENT))])
 def test_it_can_be_profiled(pipeline: str) -> None:
     """Values per key/value head are there for uneven groups, and of shared layers what they compute themselves."""
     written, _, found, _ = read_back("llama", pipeline)
@@ -227,7 +227,7 @@ def test_it_can_be_profiled(pipeline: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", [UNEVEN, EVEN, LATENT])
+@pytest.mark.parametrize("pipeline", [UNEVEN, *(pytest.param(p, marks=pytest.mark.slow) for p in (EVEN, LATENT))])
 def test_it_can_be_exported(pipeline: str, tmp_path: Path) -> None:
     found = read_back("llama", pipeline)[2]
     result = emit_onnx(to_latent_form(found), tmp_path, find_target("cpu"), "matmul", Silent())

@@ -82,7 +82,7 @@ def test_32_cached_steps_at_two_batch_sizes(family: str, exported: Callable[[str
         assert np.abs(np.concatenate(found, 1) - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "deepseek_v3"])
 def test_ragged_batches_generate_what_torch_does(family: str, exported: Callable[[str], Path]) -> None:
     prompts = [[5, 9, 11, 40, 3, 8, 71], [17], [4, 4, 90]]
     decoder = OnnxDecoder(exported(family), block=4)

@@ -41,7 +41,7 @@ def run(directory: Path, *arguments: str, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        env={**kept, **environment},
+        env={**kept, "PYTHONDONTWRITEBYTECODE": "1", **environment},  # the package stays as it was written
     )
 
 
