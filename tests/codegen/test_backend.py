@@ -24,8 +24,8 @@ from tests.models import build, inputs, relative_error
 
 ROOT = Path(__file__).parents[2]
 #: Grouped and multi-head decoders, MLA, norms on heads, soft caps with eager masks, encoders, images.
-SLOW = ("llama-mqa", "qwen3", "gpt2", "falcon", "mistral", "vit", "swin")
-FAMILIES = ["llama", "deepseek_v3", "bert", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+SLOW = ("bert", "llama-mqa", "qwen3", "gpt2", "falcon", "mistral", "vit", "swin")
+FAMILIES = ["llama", "deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def compile_with(model: Any, reports: list[Any] | None = None, **options: Any) -
     return torch.compile(model, backend=backend, options=options)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f == "bert" else f for f in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_eager(family: str) -> None:
     model, reports = build(family), []
     model.set_attn_implementation("sdpa")
