@@ -89,9 +89,8 @@ def refit(
 
     Matrices take Muon's steps (Jordan et al. 2024: orthogonalised momentum), which lower the error about twice as far
     as as many of Adam's do; biases take Adam's. Steps are relative to each weight's size, so that one rate fits all
-    matrices and models. The learning rate is warmed
-    up and then falls to zero as a cosine. The result is never worse on the held-out windows than the start: the best of
-    the start and `checks` points along the way is kept.
+    matrices and models. The learning rate is warmed up and then falls to zero as a cosine. The result is never worse on
+    the held-out windows than the start: the best of the start and `checks` points along the way is kept.
 
     Args:
         start: weights by name.
@@ -201,9 +200,9 @@ def backtracking(
     return fitted
 
 
-def next_rate(fitted: Fitted) -> float:
+def next_rate(rate: float) -> float:
     """Where to begin in the next layer: with steps somewhat longer than those that served this one."""
-    return min(RATE, LONGER * fitted.rate)
+    return min(RATE, LONGER * rate)
 
 
 def best_rate(

@@ -180,7 +180,7 @@ class _LayerJob:
         inv_freq = self.source.inv_freq[list(table)]
         if step in job.done:
             values, record = job.context.workdir.load(step)
-            job.rate = record.get("rate", job.rate)
+            job.rate = next_rate(record["rate"]) if "rate" in record else job.rate
         else:
             weights, record = self._convert(table)
             values = job.context.workdir.save(step, weights, record)
@@ -275,8 +275,8 @@ class _LayerJob:
         seed = self.job.context.seed + self.site.layer
         epochs = self.job.settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
         layer, fitted = refit(layer, self.source, train, held_out, epochs=epochs, rate=self.job.rate, seed=seed)
-        self.job.rate = record["rate"] = next_rate(fitted)
-        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after}
+        self.job.rate = next_rate(fitted.rate)
+        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after, "rate": fitted.rate}
         return layer
 
     def _peak(self, layer: LatentLayer) -> float:

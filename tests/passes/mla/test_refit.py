@@ -75,7 +75,10 @@ def test_ridge_helps_on_other_text() -> None:
 def test_refit_helps_on_other_text(form: str) -> None:
     layer = source(bias=form == "bias", norms=form == "norms")
     start = small(layer)
-    after, fitted = refit(start, layer, examples(layer, 10, 8), examples(layer, 50, 2), epochs=6)
+    made = []
+    train = [lambda make=make: made.append(make) or make() for make in examples(layer, 10, 8)]
+    after, fitted = refit(start, layer, train, examples(layer, 50, 2), epochs=6)
+    assert len(made) == 48 + 1, "one example a step, and one for their size"
     assert fitted.after < 0.99 * fitted.before
     assert fitted.after == pytest.approx(error_of(after, layer, examples(layer, 50, 2)))
     assert torch.equal(after.inv_freq, start.inv_freq)
@@ -144,6 +147,6 @@ def test_steps_that_harm_are_taken_shorter_and_may_grow_again() -> None:
     found = fitting.backtracking(near, windows, windows, epochs=1, rate=0.2)
     assert found.after < found.before
     assert found.rate == pytest.approx(0.2 / 9)
-    assert fitting.next_rate(found) == min(fitting.RATE, 0.3 / 9)
+    assert fitting.next_rate(found.rate) == min(fitting.RATE, 0.3 / 9)
     far = fitting.backtracking({"w": truth + 0.5}, windows, windows, epochs=1, rate=0.002)
-    assert (far.rate, fitting.next_rate(far)) == (0.002, 0.003)
+    assert (far.rate, fitting.next_rate(far.rate)) == (0.002, 0.003)
