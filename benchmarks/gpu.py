@@ -29,6 +29,7 @@ import triton
 
 from attnopt.codegen.triton.runtime import launch, reference, tune
 from attnopt.codegen.triton.runtime.select import PAGE, Config
+from attnopt.codegen.triton.runtime.trial import Requests, difference
 
 BF16 = torch.bfloat16
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -84,57 +85,33 @@ def ceilings() -> dict[str, float]:
     return {"copy": 2 * x.nbytes / copy, "read": x.nbytes / read, "gemm": 2 * 8192**3 / product}
 
 
-class Paged:
-    """A random paged cache."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-        self.pages = max(1, -(-max(lengths) // PAGE))
-        order = torch.randperm(len(lengths) * self.pages, device=DEVICE)
-        self.table = order.view(len(lengths), -1).to(torch.int32)
-
-    def cache(self, *shape: int, poison: bool = False) -> torch.Tensor:
-        """[pages, *shape], `shape` ends in (PAGE, width)."""
-        cache = torch.randn(self.table.numel(), *shape, device=DEVICE, dtype=BF16)
-        if poison:
-            for row, length in enumerate(self.lengths.tolist()):
-                for slot in range(length, self.pages * PAGE):
-                    cache[int(self.table[row, slot // PAGE]), ..., slot % PAGE, :] = float("nan")
-        return cache
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference as a share of the largest value."""
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
-
-
 def correctness() -> dict[str, float]:
     """Relative error of every kernel and design in bf16."""
     found = {}
     lengths = [0, 1, 63, 64, 65, 700]
-    paged = Paged(lengths)
+    paged = Requests(BF16, DEVICE, lengths)
     for heads, rank, rope, tokens in (
         *((h, 512, 64, 1) for h in (1, 9, 16, 28, 32, 64, 128)),
         *((9, 144, 48, 1), (32, 256, 64, 1), (32, 128, 64, 1), (16, 512, 64, 2), (9, 144, 48, 4)),
     ):
-        cache = paged.cache(PAGE, rank + rope, poison=True)
+        cache = paged.cache(PAGE, rank + rope)
         q = torch.randn(len(lengths), tokens, heads, rank + rope, device=DEVICE, dtype=BF16)
         usable = paged.lengths.clamp(min=tokens) * (paged.lengths > 0)
         usable = torch.where(paged.lengths < tokens, 0, usable).to(torch.int32)
         out, _ = launch.latent_decode(q, cache, paged.table, usable, rank, 0.07)
         want, _ = reference.latent_decode(q.double(), cache.double(), paged.table, usable, rank, 0.07)
-        found[f"mla H{heads} R{rank} P{rope} sq{tokens}"] = error(out, want)
+        found[f"mla H{heads} R{rank} P{rope} sq{tokens}"] = difference(out, want)
     for heads, groups, width in ((32, 8, 128), (28, 4, 128), (9, 3, 64), (32, 32, 128), (32, 1, 128)):
-        k, v = (paged.cache(groups, PAGE, width, poison=True) for _ in range(2))
+        k, v = (paged.cache(groups, PAGE, width) for _ in range(2))
         q = torch.randn(len(lengths), 1, heads, width, device=DEVICE, dtype=BF16)
         out, _ = launch.grouped_decode(q, k, v, paged.table, paged.lengths, width**-0.5)
         args = (q.double(), k.double(), v.double(), paged.table, paged.lengths, width**-0.5)
-        found[f"gqa {heads}/{groups}x{width}"] = error(out, reference.grouped_decode(*args)[0])
+        found[f"gqa {heads}/{groups}x{width}"] = difference(out, reference.grouped_decode(*args)[0])
         sinks = torch.arange(groups, dtype=torch.int32, device=DEVICE) % 5
         windows = torch.tensor([(0, 100, 64)[g % 3] for g in range(groups)], dtype=torch.int32, device=DEVICE)
         out, _ = launch.grouped_decode(q, k, v, paged.table, paged.lengths, width**-0.5, 0.0, sinks, windows)
         want, _ = reference.grouped_decode(*args, sinks=sinks, windows=windows)
-        found[f"streaming {heads}/{groups}x{width}"] = error(out, want)
+        found[f"streaming {heads}/{groups}x{width}"] = difference(out, want)
     for nope, rope, value in ((128, 64, 128), (64, 32, 64), (128, 0, 128)):
         q = torch.randn(2, 8, 300, nope + rope, device=DEVICE, dtype=BF16)
         k, v = (torch.randn(2, 8, 300, d, device=DEVICE, dtype=BF16) for d in (nope, value))
@@ -142,7 +119,7 @@ def correctness() -> dict[str, float]:
         count = torch.tensor([300, 300], dtype=torch.int32, device=DEVICE)
         out, _ = launch.prefill(q, k, kr, v, count, 0.07)
         doubles = (q.double(), k.double(), None if kr is None else kr.double(), v.double())
-        found[f"prefill {nope}+{rope}/{value}"] = error(out, reference.prefill(*doubles, count, 0.07)[0])
+        found[f"prefill {nope}+{rope}/{value}"] = difference(out, reference.prefill(*doubles, count, 0.07)[0])
     return found
 
 
@@ -196,7 +173,7 @@ def decoding(top: dict[str, float], quick: bool, right: Sequence[Config]) -> lis
     shapes = [(16, 32, 8192), (32, 32, 8192), (32, 1, 32768), (64, 32, 8192), (128, 32, 8192), (16, 64, 4096)]
     shapes += [(32, 32, 1024), (64, 1, 32768)]
     for heads, batch, context in shapes[:4] if quick else shapes:
-        paged = Paged([context] * batch)
+        paged = Requests(BF16, DEVICE, [context] * batch)
         latent = paged.cache(PAGE, 576)
         q = torch.randn(batch, 1, heads, 576, device=DEVICE, dtype=BF16)
         k, v = (torch.randn(batch, 8, context, 128, device=DEVICE, dtype=BF16) for _ in range(2))
