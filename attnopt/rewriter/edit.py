@@ -283,6 +283,5 @@ def weight_names(site: AttentionSite) -> tuple[str, ...]:
             names += [part.weight, part.bias]
     names += [site.mask.sinks, *site.mask.bias]
     if site.route is not None:
-        route = site.route
-        names += [route.weight, route.bias, route.fill, route.shared_weight, route.balance]
+        names += [getattr(site.route, field) for field in site.route.WEIGHTS]
     return tuple(dict.fromkeys(name for name in names if name is not None))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from attnopt.rewriter import anchor as _anchor  # noqa: F401 - registers requested_mask
+from attnopt.rewriter.gates import find_gates
 from attnopt.rewriter.program import walk_back
 from attnopt.rewriter.site import AttentionSite
 
@@ -64,10 +65,10 @@ def specialize(graph: fx.Graph, sites: Iterable[AttentionSite]) -> list[Attentio
             owner = result[share.source].layer
             new = _replaced(graph, anchor, anchor, SHARED, (*anchor.args[:10], owner, site.layer))
         elif site.route is not None and site.latent is None:
-            (product,) = anchor.users  # times the gates, unsqueezed: see `gates.find_gates`
-            (gates,) = next(n for n in product.all_input_nodes if n is not anchor).all_input_nodes
-            args = (*anchor.args[:3], gates, *anchor.args[3:10], site.layer)
-            new = _replaced(graph, product, anchor, ROUTED, args)
+            gates = find_gates(anchor)
+            assert gates is not None
+            args = (*anchor.args[:3], gates.heads, *anchor.args[3:10], site.layer)
+            new = _replaced(graph, gates.result, anchor, ROUTED, args)
         else:
             new = anchor
         result[site.fqn] = replace(site, nodes=replace(site.nodes, attention=new.name))

@@ -7,7 +7,7 @@ established is an error at capture time, never None meaning "unknown": None mean
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Kind = Literal["mha", "gqa", "mqa", "mla"]
 
@@ -199,6 +199,9 @@ class RouteSpec:
         shared_weight: name of [|shared|, D] of weighted gates; None for one shared head or none.
         balance: name of [2, D] of weighted gates; None without shared heads.
     """
+
+    #: Fields that are names of weights.
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("weight", "bias", "fill", "shared_weight", "balance")
 
     router: Literal["qnorm", "linear"]
     shared: tuple[int, ...]

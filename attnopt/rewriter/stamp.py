@@ -347,8 +347,7 @@ class _Stamper:
         def route(part: RouteSpec | None) -> RouteSpec | None:
             if part is None:
                 return None
-            names = ("weight", "bias", "fill", "shared_weight", "balance")
-            changes: dict[str, Any] = {name: named(getattr(part, name)) for name in names}
+            changes: dict[str, Any] = {field: named(getattr(part, field)) for field in part.WEIGHTS}
             return replace(part, **changes)
 
         o = projection(site.o)
