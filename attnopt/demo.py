@@ -27,7 +27,7 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 PROMPT = "What is a compiler, and why does it matter?"
-WINDOW, WINDOWS = 1024, 6
+WINDOW, WINDOWS = 1024, 4
 #: Enough for half the cache, few enough for a demonstration; windows are sampled side by side.
 CALIB_TOKENS, CONTEXT = 8192, 512
 
