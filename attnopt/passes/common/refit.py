@@ -12,15 +12,13 @@ from torch import Tensor
 
 from attnopt.rewriter import parallel
 
-#: Largest relative step.
-RATE = 0.003
-#: Rates that are tried where one is to be chosen, as multiples of it.
-RACE = (0.5, 1.0, 2.0)
+#: Largest relative step to begin with, as a multiple of the root of the relative error. Steps have a length of their
+#: own, whatever the gradient's; the error that they stir up grows as its square, and must stay below what is left.
+STEP = 0.008
+#: How often a refit is tried, each time with steps so much shorter, until halfway the error is no larger than before.
+ATTEMPTS, SHORTER = 3, 3.0
 #: Root mean square of an entry in an update of Muon at rate 1, as `match_rms_adamw` scales it.
 MUON_SIZE = 0.2
-#: How often `backtracking` tries, each time with steps so much shorter, until the error falls below so much of what it
-#: was; and by how much they may grow again from layer to layer.
-ATTEMPTS, SHORTER, WORTH, LONGER = 3, 3.0, 0.99, 1.5
 #: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
 EPOCHS, REFIT_TOKENS = 8, 131_072
 
@@ -49,7 +47,7 @@ class Fitted:
     Attributes:
         weights: the best seen on the held-out windows.
         before, after: weighted squared error relative to the target's square there, at the start and of `weights`.
-        rate: largest relative step.
+        rate: largest relative step of the descent that led there.
     """
 
     weights: Mapping[str, Tensor]
@@ -80,39 +78,58 @@ def refit(
     held_out: Examples,
     *,
     epochs: int,
-    rate: float = RATE,
-    checks: int = 2,
+    rate: float | None = None,
     seed: int = 0,
     free: Mapping[str, Tensor] | None = None,
 ) -> Fitted:
     """Gradient steps on all weights, one of `train` a step.
 
     Matrices take Muon's steps (Jordan et al. 2024: orthogonalised momentum), which lower the error about twice as far
-    as as many of Adam's do; biases take Adam's. Steps are relative to each weight's size, so that one rate fits all
-    matrices and models. The learning rate is warmed up and then falls to zero as a cosine. The result is never worse on
-    the held-out windows than the start: the best of the start and `checks` points along the way is kept.
+    as as many of Adam's do; biases take Adam's. Steps are relative to each weight's size, so that one rule fits all
+    matrices and models: the less error is left, the shorter they are, and where they raise it first they are tried
+    shorter as well. The learning rate is warmed up and then falls to zero as a cosine. The result is never worse on the
+    held-out windows than the start.
 
     Args:
         start: weights by name.
         train, held_out: examples to fit on and to judge by.
         epochs: passes over `train`. Of several processes, each steps on one of its own examples, all together.
-        rate: largest relative step.
-        checks: how often the held-out error is looked at, the end included.
+        rate: largest relative step to begin with; by default `STEP` times the root of the error.
         seed: of the order of examples.
         free: masks of what may change, of the weights of which not everything may.
     """
     before = error_of(start, held_out)
-    best, best_error = dict(start), before
+    rate = STEP * math.sqrt(before) if rate is None else rate
     train = train[: parallel.smallest_of(len(train))]  # all processes take equally many steps
+    best = Fitted(start, before, before, rate)
+    if epochs * len(train) == 0 or before < 1e-12:
+        return best
+    for attempt in range(ATTEMPTS):
+        halfway, end = _descend(start, before, train, held_out, epochs, rate / SHORTER**attempt, seed, free or {})
+        best = min(best, halfway, end, key=lambda fitted: fitted.after)
+        if halfway.after <= before:
+            break
+    return best
+
+
+def _descend(
+    start: Mapping[str, Tensor],
+    before: float,
+    train: Examples,
+    held_out: Examples,
+    epochs: int,
+    rate: float,
+    seed: int,
+    free: Mapping[str, Tensor],
+) -> tuple[Fitted, Fitted]:
+    """One descent with steps of at most `rate`: where it is halfway, and at its end."""
+    found = []
     steps = epochs * len(train)
-    if steps == 0 or before < 1e-12:
-        return Fitted(best, before, before, rate)
-    fit = _Fit(start, rate, free or {})
+    fit = _Fit(start, rate, free)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)]).tolist()
     (scale,) = parallel.sum_of(sum(float(_squared(example.target, example)) for example in train[order[0]]()))
     scale = max(scale / parallel.world(), 1e-300)
-    look = {round(steps * (i + 1) / checks) for i in range(checks)}
     for step, index in enumerate(order):
         factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for example in train[index]():
@@ -122,12 +139,10 @@ def refit(
                 loss = loss if example.penalty is None else loss + example.penalty(weights)
                 loss.backward()
         fit.step(factor)
-        if step + 1 in look:
+        if step + 1 in ((steps + 1) // 2, steps):
             now = {name: value.detach().clone() for name, value in fit.weights().items()}
-            error = error_of(now, held_out)
-            if error < best_error:
-                best, best_error = now, error
-    return Fitted(best, before, best_error, rate)
+            found.append(Fitted(now, before, error_of(now, held_out), rate))
+    return found[0], found[-1]
 
 
 class _Fit:
@@ -182,49 +197,6 @@ class _Fit:
 def _squared(vectors: Tensor, example: Example) -> Tensor:
     """Weighted sum of squares of vectors [B, S, D]."""
     return (example.weights[..., None].to(vectors.dtype) * vectors**2).sum()
-
-
-def backtracking(
-    start: Mapping[str, Tensor], train: Examples, held_out: Examples, *, epochs: int, rate: float, seed: int = 0
-) -> Fitted:
-    """`refit`, again with shorter steps while that brings nothing: the less error is left, the shorter they must be.
-
-    Args:
-        start, train, held_out, epochs, seed: as for `refit`.
-        rate: to begin with; see `next_rate`.
-    """
-    for shorter in range(ATTEMPTS):
-        fitted = refit(start, train, held_out, epochs=epochs, rate=rate / SHORTER**shorter, seed=seed)
-        if fitted.after < WORTH * fitted.before:
-            break
-    return fitted
-
-
-def next_rate(rate: float) -> float:
-    """Where to begin in the next layer: with steps somewhat longer than those that served this one."""
-    return min(RATE, LONGER * rate)
-
-
-def best_rate(
-    start: Mapping[str, Tensor],
-    train: Examples,
-    held_out: Examples,
-    *,
-    seed: int = 0,
-    free: Mapping[str, Tensor] | None = None,
-) -> float:
-    """The rate, of a few, that lowers the held-out error most in one pass over the text.
-
-    Steps are relative to the size of the weights, so that what is best for one layer serves the others of its model.
-
-    Args:
-        start, train, held_out, seed, free: as for `refit`.
-    """
-    error = {
-        factor: refit(start, train, held_out, epochs=1, rate=RATE * factor, checks=1, seed=seed, free=free).after
-        for factor in RACE
-    }
-    return RATE * min(RACE, key=lambda factor: (error[factor], factor))
 
 
 def default_epochs(tokens: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnopt.passes.common.free import free_of
 from attnopt.passes.common.reading import OutputNodes, output_nodes
-from attnopt.passes.common.refit import RATE, Example, best_rate, default_epochs, refit
+from attnopt.passes.common.refit import Example, default_epochs, refit
 from attnopt.passes.common.ridge import HeldOut, OutputFit
 from attnopt.passes.common.stream import Batch, Stream
 from attnopt.progress import bar
@@ -48,7 +48,7 @@ class Settings:
             program's layer gives on the rewritten program's state) to 1 (whatever brings the state back).
         behind: repair the layers behind the first changed one as well.
         balance: weight of the load-balance loss of weighted gates in a refit.
-        rate: largest relative step of a refit; None for the default, or with `held_out` for the best of several.
+        rate: largest relative step of a refit to begin with; None for what the error asks for.
         held_out: take nothing over that is worse than before on held-out text.
     """
 
@@ -102,7 +102,6 @@ class _Repair:
         self.old = LayerRunner(before, context.dtype, context.device)
         self.new = LayerRunner(after, context.dtype, context.device)
         self.done = set(context.workdir.steps_done()) if context.resume else set()
-        self.rate = settings.rate  # None until the first layer has chosen one
 
     def run(self) -> Repaired:
         text, settings = self.context.calibration, self.settings
@@ -160,7 +159,6 @@ class _LayerRepair:
         kept: list[Tensor] = []
         if step in job.done:
             values, record = job.context.workdir.load(step)
-            job.rate = record.get("rate", job.rate)
         else:
             weights, record, kept = self._fit()
             values = job.context.workdir.save(step, weights, record)
@@ -272,15 +270,16 @@ class _LayerRepair:
         for place, batch in enumerate(self.student.batches):
             pools[batch.held_out].append(partial(examples, place))
         fixed = {short: free_of(self.job.new.program, names[short], value) for short, value in start.items()}
-        how: dict[str, Any] = {
-            "seed": self.job.context.seed + site.layer,
-            "free": {short: free for short, free in fixed.items() if free is not None},
-        }
-        if self.job.rate is None:
-            self.job.rate = best_rate(start, pools[False], pools[True], **how) if settings.held_out else RATE
-        epochs = settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
-        fitted = refit(start, pools[False], pools[True], epochs=epochs, rate=self.job.rate, **how)
-        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after, "rate": self.job.rate}
+        fitted = refit(
+            start,
+            pools[False],
+            pools[True],
+            epochs=settings.epochs or default_epochs(self.job.context.calibration.windows.numel()),
+            rate=settings.rate,
+            seed=self.job.context.seed + site.layer,
+            free={short: free for short, free in fixed.items() if free is not None},
+        )
+        record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after, "rate": fitted.rate}
         return dict(fitted.weights)
 
     def _load(self, env: Env) -> Callable[[Mapping[str, Tensor]], Tensor] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
-from attnopt.passes.common.refit import RATE, default_epochs, next_rate
+from attnopt.passes.common.refit import default_epochs
 from attnopt.passes.common.stream import Batch, Stream
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
@@ -95,7 +95,6 @@ class Job:
         self.keep = _kept_type(program, context.dtype)
         self.pooled = _moment_bytes(program.sites[self.sites[0]]) > MOMENT_BYTES
         self.editor = Editor(program, by)
-        self.rate = RATE  # of the next layer's refit
         self.done = set(context.workdir.steps_done()) if context.resume else set()
 
     def run(self) -> Outcome:
@@ -180,7 +179,6 @@ class _LayerJob:
         inv_freq = self.source.inv_freq[list(table)]
         if step in job.done:
             values, record = job.context.workdir.load(step)
-            job.rate = next_rate(record["rate"]) if "rate" in record else job.rate
         else:
             weights, record = self._convert(table)
             values = job.context.workdir.save(step, weights, record)
@@ -274,8 +272,7 @@ class _LayerJob:
         train, held_out = (self._windows(held) for held in (False, True))
         seed = self.job.context.seed + self.site.layer
         epochs = self.job.settings.epochs or default_epochs(self.job.context.calibration.windows.numel())
-        layer, fitted = refit(layer, self.source, train, held_out, epochs=epochs, rate=self.job.rate, seed=seed)
-        self.job.rate = next_rate(fitted.rate)
+        layer, fitted = refit(layer, self.source, train, held_out, epochs=epochs, seed=seed)
         record |= {"error_before_refit": fitted.before, "error_after_refit": fitted.after, "rate": fitted.rate}
         return layer
 

@@ -115,7 +115,7 @@ def refit(
     held_out: Windows,
     *,
     epochs: int = 4,
-    rate: float = fitting.RATE,
+    rate: float | None = None,
     seed: int = 0,
 ) -> tuple[LatentLayer, fitting.Fitted]:
     """Fit all weights of a layer (`attnopt.passes.common.refit`); never worse on the held-out windows.
@@ -125,7 +125,7 @@ def refit(
         source: the layer it was made from.
         train, held_out: windows to fit on and to judge by.
         epochs: passes over `train`.
-        rate: largest relative step to begin with.
+        rate: as there.
         seed: of the order of windows, and of which queries of each are looked at first.
 
     Returns:
@@ -144,7 +144,7 @@ def refit(
     def judged(make: Callable[[], Sequence[Window]]) -> list[fitting.Example]:
         return [window.example(layer, source) for window in make()]
 
-    fitted = fitting.backtracking(
+    fitted = fitting.refit(
         start,
         [partial(step, make, turn) for make, turn in zip(train, turns, strict=True)],
         [partial(judged, make) for make in held_out],

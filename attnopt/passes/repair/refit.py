@@ -22,8 +22,8 @@ class Refit(Pass):
     """Fit the attention layer by layer to the original's, on the stream that the rewritten layers really give.
 
     First in closed form: output projections and biases by least squares. Then all weights of each changed layer by
-    gradient steps; their rate, and where they stop, are chosen on held-out text. No layer ends worse there than it
-    began.
+    gradient steps; their length follows from the error, and where they bring nothing on held-out text they are taken
+    shorter. No layer ends worse there than it began.
     """
 
     name: ClassVar[str] = "refit"
@@ -32,7 +32,7 @@ class Refit(Pass):
 
     epochs: int | None = option(None, help="passes over the text; as many as fit 131,072 tokens, at most 8", minimum=1)
     rate: float | None = option(
-        None, help="largest step, relative to the size of each weight; chosen on held-out text if none", minimum=0
+        None, help="largest step, relative to the size of each weight; what a layer's error asks for if none", minimum=0
     )
     follow: float = option(
         0.5, help="how far targets lead back to the original's hidden states", minimum=0.0, maximum=1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -135,18 +136,30 @@ def test_every_query_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(torch.cat([part.output({}) for part in parts[1:]], 1), whole) < 1e-12
 
 
-def test_steps_that_harm_are_taken_shorter_and_may_grow_again() -> None:
+def line(far: float) -> tuple[dict[str, torch.Tensor], list[Callable[[], list[fitting.Example]]]]:
+    """A linear map that is `far` from the right one, and examples of that."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 8, generator=generator, dtype=torch.float64)
     truth = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     example = fitting.Example(lambda w: (x @ w["w"])[None], (x @ truth)[None], torch.ones(1, 64))
-    near = {"w": truth + 0.003 * torch.randn(8, 8, generator=generator, dtype=torch.float64)}
-    windows = [lambda: [example]] * 16
-    long = fitting.refit(near, windows, windows, epochs=1, rate=0.2)
-    assert long.after == long.before
-    found = fitting.backtracking(near, windows, windows, epochs=1, rate=0.2)
+    start = truth + far * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    return {"w": start}, [lambda: [example]] * 16
+
+
+def test_steps_that_harm_are_taken_shorter() -> None:
+    near, windows = line(0.003)
+    found = fitting.refit(near, windows, windows, epochs=1, rate=0.2)
     assert found.after < found.before
-    assert found.rate == pytest.approx(0.2 / 9)
-    assert fitting.next_rate(found.rate) == min(fitting.RATE, 0.3 / 9)
-    far = fitting.backtracking({"w": truth + 0.5}, windows, windows, epochs=1, rate=0.002)
-    assert (far.rate, fitting.next_rate(far.rate)) == (0.002, 0.003)
+    assert found.rate == pytest.approx(0.2 / fitting.SHORTER**2)
+    hopeless = fitting.refit(near, windows, windows, epochs=1, rate=20.0)
+    assert hopeless.after == hopeless.before
+    assert torch.equal(hopeless.weights["w"], near["w"])
+
+
+@pytest.mark.parametrize("far", [0.003, 0.03, 0.3])
+def test_steps_are_as_long_as_the_error_asks_for(far: float) -> None:
+    start, windows = line(far)
+    found = fitting.refit(start, windows, windows, epochs=8)
+    assert found.rate == fitting.STEP * found.before**0.5, "the first try served"
+    assert found.before == pytest.approx(far**2, rel=0.5)
+    assert found.after < 0.6 * found.before

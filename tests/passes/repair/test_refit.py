@@ -9,7 +9,6 @@ import torch
 
 from attnopt.errors import OptionError
 from attnopt.passes.common.free import lane_of
-from attnopt.passes.common.refit import RACE, RATE, Example, best_rate
 from attnopt.passes.repair.refit import Refit
 from attnopt.rewriter.passes import PassContext, PassResult
 from attnopt.rewriter.program import Program
@@ -71,21 +70,6 @@ def test_a_rate_that_harms_is_not_taken() -> None:
     result = fit(program, original, {"rate": 100.0})
     assert all(layer["error_after_refit"] <= layer["error_before_refit"] for layer in result.layers)
     assert loss(original, result.program) < 1.1 * loss(original, program)
-
-
-def test_the_rate_is_chosen_on_held_out_text() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 4, generator=generator)
-    truth = torch.randn(3, 4, generator=generator)
-
-    example = Example(lambda w: (x @ w["w"].T)[None], (x @ truth.T)[None], torch.ones(1, 8))
-
-    start = {"w": truth + 0.5}  # far away: the longest steps get there first
-    examples = [lambda: [example]] * 20
-    assert best_rate(start, examples, examples) == RATE * RACE[-1]
-    near = {"w": truth.clone()}
-    near["w"][0, 0] += 1e-4  # long steps lead away
-    assert best_rate(near, examples, examples) == RATE * RACE[0]
 
 
 def test_an_unchanged_program_is_left_alone() -> None:
