@@ -17,13 +17,13 @@ from torch import Tensor
 
 from attnopt.profiles.attention import heads_outputs
 from attnopt.profiles.layers import LayerReader
-from attnopt.profiles.memory import give_back
 from attnopt.profiles.metric import Collected, Metric, measured
 from attnopt.profiles.metrics.gradient import MapInfluence, Michel
 from attnopt.profiles.prompts import Prompts
 from attnopt.profiles.view import LayerView
 from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
+from attnopt.rewriter.memory import give_back
 
 #: What is measured.
 BACKWARD: tuple[type[Metric], ...] = (Michel, MapInfluence)
@@ -88,7 +88,6 @@ class BackwardPass:
             with self.runner.load(self.runner.layers[index]) as layer:
                 for i, env in enumerate(envs):
                     given[i] = self._layer(index, start + i, layer, env, given[i])
-            give_back()
             self.reporter.advance(handle, count)
         return count
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from attnopt.profiles.layers import LayerReader, Opened
-from attnopt.profiles.memory import give_back
 from attnopt.profiles.metric import Collected, Metric, SiteMetric, measured
 from attnopt.profiles.metrics.block_influence import BlockInfluence
 from attnopt.profiles.metrics.contribution import Contribution
@@ -30,6 +29,7 @@ from attnopt.profiles.pairs.rows import affordable
 from attnopt.profiles.prompts import Prompts
 from attnopt.progress import Reporter, bar
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
+from attnopt.rewriter.memory import give_back
 
 #: Measured on every prompt.
 FORWARD: tuple[type[Metric], ...] = (
@@ -105,7 +105,6 @@ class ForwardPass:
             for index, segment in enumerate(self.runner.layers):
                 with self.runner.load(segment) as layer:
                     self._layer(index, layer, envs, probes)
-                give_back()
                 self.reporter.advance(handle)
         if self.comparison is not None:
             self.found.pairs.update(self.comparison.result())

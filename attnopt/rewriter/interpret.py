@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from attnopt.errors import OptionError, UnsupportedError
+from attnopt.rewriter.memory import give_back
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.segments import Segment, segment_graph
 from attnopt.rewriter.subgraph import Subgraph, compile_subgraph
@@ -186,13 +187,14 @@ class LayerRunner:
 
     @contextmanager
     def load(self, segment: Segment) -> Iterator[LoadedSegment]:
-        """Hold a layer's weights for the length of the block."""
+        """Hold a layer's weights for the length of the block; then freed memory goes back to the system."""
         self.close()
         loaded = LoadedSegment(self, segment)
         try:
             yield loaded
         finally:
             loaded.free()
+            give_back()
 
     def finish(self, env: Env) -> Tensor:
         """Run the head (final norm, logits) on one batch and return the first output.

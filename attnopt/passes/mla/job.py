@@ -111,8 +111,9 @@ class Job:
         records = []
         for site, loaded in stream.layers(self.context.reporter, "converting"):
             if site.fqn in self.sites:
-                step = _LayerJob(self, loaded, site, stream, reference, split)
-                records.append(step.run(self._own_table(probe, site, split, table)))
+                own = self._own_table(probe, site, split, table)
+                # Not named: what it holds must be gone before the next layer is loaded.
+                records.append(_LayerJob(self, loaded, site, stream, reference, split).run(own))
             elif reference is not None:
                 for batch in reference.batches:
                     reference.advance_unchanged(batch, loaded)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from attnopt.profiles.memory import give_back
+from attnopt.rewriter.memory import give_back
 
 
 def test_it_asks_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
