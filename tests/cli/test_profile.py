@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy
+import pytest
 
+from attnopt import demo
 from attnopt.profiles.profile import Profile
 from tests import models
 from tests.cli.helpers import Run, entries, save_byte_tokenizer
@@ -67,3 +69,17 @@ def test_pictures(cli: Run, tmp_path: Path) -> None:
     outcome = cli("profile", model, "-o", tmp_path / "out", "--calib", pictures, "-q")
     assert outcome.code == 0, outcome.err
     assert Profile.load(tmp_path / "out").calibration["n_prompts"] == 5
+
+
+@pytest.mark.slow
+def test_the_real_model(cli: Run, tmp_path: Path) -> None:
+    """SmolLM2-135M; fetches 98 MB. Most of its heads look at the first token most of the time, and some copy."""
+    arguments = ("profile", demo.fetch_model(), "-o", tmp_path / "out", "--calib-tokens", "2048", "--context", "512")
+    outcome = cli(*arguments, "-q")
+    assert outcome.code == 0, outcome.err
+    profile = Profile.load(tmp_path / "out")
+    sink, copies = profile.metric("sink_mass"), profile.metric("retrieval")
+    assert sink.shape == copies.shape == (30, 9)
+    assert (sink[2:] > 0.5).double().mean() > 0.3
+    assert copies.max() > 0.5 > copies.median()
+    assert profile.metric("michel").isfinite().all()
