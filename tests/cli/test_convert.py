@@ -334,8 +334,9 @@ class TestVerify:
         assert "gate" not in document
 
     def test_text_of_python_by_default(self, cli: Run, converted: tuple[Path, Outcome]) -> None:
-        outcome = cli("verify", converted[0], "--window", "64", "--windows", "2")
+        outcome = cli("verify", converted[0], "--window", "64", "--windows", "2", "--gate", "1000")
         assert outcome.code == 0, outcome.err
+        assert "gate 1000 passed" in outcome.out
         assert "pydoc_data.topics" in outcome.out
         assert "DeepseekV3ForCausalLM" in outcome.out
 
