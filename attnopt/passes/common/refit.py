@@ -105,7 +105,11 @@ def refit(
     if epochs * len(train) == 0 or before < 1e-12:
         return best
     for attempt in range(ATTEMPTS):
-        halfway, end = _descend(start, before, train, held_out, epochs, rate / SHORTER**attempt, seed, free or {})
+        shorter = rate / SHORTER**attempt
+        halfway, end = (
+            Fitted(weights, before, error_of(weights, held_out), shorter)
+            for weights in _descend(start, train, epochs, shorter, seed, free or {})
+        )
         best = min(best, halfway, end, key=lambda fitted: fitted.after)
         if halfway.after <= before:
             break
@@ -113,16 +117,9 @@ def refit(
 
 
 def _descend(
-    start: Mapping[str, Tensor],
-    before: float,
-    train: Examples,
-    held_out: Examples,
-    epochs: int,
-    rate: float,
-    seed: int,
-    free: Mapping[str, Tensor],
-) -> tuple[Fitted, Fitted]:
-    """One descent with steps of at most `rate`: where it is halfway, and at its end."""
+    start: Mapping[str, Tensor], train: Examples, epochs: int, rate: float, seed: int, free: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """One descent with steps of at most `rate`: the weights halfway and at its end."""
     found = []
     steps = epochs * len(train)
     fit = _Fit(start, rate, free)
@@ -140,8 +137,7 @@ def _descend(
                 loss.backward()
         fit.step(factor)
         if step + 1 in ((steps + 1) // 2, steps):
-            now = {name: value.detach().clone() for name, value in fit.weights().items()}
-            found.append(Fitted(now, before, error_of(now, held_out), rate))
+            found.append({name: value.detach().clone() for name, value in fit.weights().items()})
     return found[0], found[-1]
 
 
