@@ -22,8 +22,8 @@ class Refit(Pass):
     """Fit the attention layer by layer to the original's, on the stream that the rewritten layers really give.
 
     First in closed form: output projections and biases by least squares. Then all weights of each changed layer by
-    gradient steps; their length follows from the error, and where they bring nothing on held-out text they are taken
-    shorter. No layer ends worse there than it began.
+    gradient steps; their length follows from the error, and where they first raise it on held-out text shorter ones
+    are tried as well. No layer ends worse there than it began.
     """
 
     name: ClassVar[str] = "refit"
