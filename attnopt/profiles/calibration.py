@@ -33,6 +33,10 @@ MAX_FILE_BYTES = 16 << 20
 SAMPLING_BATCH = 64
 SAMPLING_CACHE_BYTES = 1 << 30
 
+#: A sampled sequence gets a word drawn from the vocabulary every so many tokens. Left to itself a model keeps to one
+#: subject, and at temperature 1 a small one ends in noise; a foreign word turns it elsewhere (docs/mla.md has figures).
+WORD_EVERY = 64
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -201,7 +205,7 @@ def self_sampled(
     memory_budget: float | None = None,
     reporter: Reporter | None = None,
 ) -> Calibration:
-    """Text that the model writes itself: sampled at temperature 1 from any first word.
+    """Text that the model writes itself: sampled at temperature 1 from any first word, any word thrown in at times.
 
     Nothing has to be downloaded, and the text follows the distribution the model was trained on, chat models' included.
     The sampling runs in bfloat16 where the machine multiplies it natively, else in float32. The same machine, seed and
@@ -221,8 +225,9 @@ def self_sampled(
     """
     _check_sizes(tokens, context)
     model = sampler(source, device, memory_budget)
-    prompts = sequence_starts(source, tokens // context, seed)
-    return divide(sample(model, prompts, context, seed=seed, reporter=reporter), "self", seed)
+    prefix, words = known_words(source)
+    prompts = sequence_starts(prefix, words, tokens // context, seed)
+    return divide(sample(model, prompts, context, seed=seed, words=words, reporter=reporter), "self", seed)
 
 
 def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:
@@ -269,32 +274,46 @@ def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str
     model.to(device)
 
 
-def sequence_starts(source: ModelSource, count: int, seed: int) -> Tensor:
+def known_words(source: ModelSource) -> tuple[list[int], Tensor]:
+    """(what the tokenizer puts before a text, ids of all words that are not special).
+
+    Without a tokenizer that is nothing, and the whole vocabulary.
+    """
+    words = torch.arange(source.config.get_text_config().vocab_size)
+    if not source.has_tokenizer:
+        return [], words
+    tokenizer = source.tokenizer()
+    words = words[: len(tokenizer)]
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+    return _text_frame(tokenizer)[0], words[~torch.isin(words, special)]
+
+
+def sequence_starts(prefix: Sequence[int], words: Tensor, count: int, seed: int) -> Tensor:
     """What the sampled sequences begin with, [count, n]: what the tokenizer puts before a text, then any word.
 
     Sequences from the start of a document only would all begin alike, and a model trained on chats would write chats.
     A word drawn uniformly from the vocabulary leads to text of every kind (LLM-QAT, arXiv 2305.17888, section 3.1).
 
     Args:
-        source: the model; without a tokenizer its whole vocabulary is drawn from, and nothing stands before a text.
+        prefix, words: of `known_words`.
         count: sequences.
         seed: of the draw.
     """
-    vocabulary = source.config.get_text_config().vocab_size
-    prefix: list[int] = []
-    words = torch.arange(vocabulary)
-    if source.has_tokenizer:
-        tokenizer = source.tokenizer()
-        prefix, _ = _text_frame(tokenizer)
-        words = words[: len(tokenizer)]
-        words = words[~torch.isin(words, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))]
     generator = torch.Generator().manual_seed(seed)
     first = words[torch.randint(len(words), (count, 1), generator=generator)]
     return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), first], dim=1)
 
 
 @torch.inference_mode()
-def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Reporter | None = None) -> Tensor:
+def sample(
+    model: Any,
+    prompts: Tensor,
+    length: int,
+    *,
+    seed: int,
+    words: Tensor | None = None,
+    reporter: Reporter | None = None,
+) -> Tensor:
     """Sample sequences at temperature 1, side by side.
 
     Args:
@@ -302,6 +321,8 @@ def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Rep
         prompts: [count, n] what each sequence begins with.
         length: tokens in each, the prompt included.
         seed: of the random numbers, which are drawn on the CPU.
+        words: ids of which each sequence gets one, drawn uniformly, every `WORD_EVERY` tokens, not all at one place;
+            None leaves the model to itself.
         reporter: told of the tokens sampled.
 
     Returns:
@@ -330,6 +351,8 @@ def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Rep
                 )
                 cache, position = step.past_key_values, position + ids.shape[1]
                 ids = _draw(step.logits[:, -1, :vocabulary].float().cpu(), generator)
+                if words is not None:
+                    ids = _interject(ids, position, words, generator)
                 sequence.append(ids)
                 reporter.advance(handle, len(ids))
             rows.append(torch.cat(sequence, dim=1))
@@ -355,3 +378,10 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
         )
     picked = torch.searchsorted(cumulative, torch.rand(len(logits), 1, generator=generator) * total)
     return picked.clamp(max=logits.shape[-1] - 1)
+
+
+def _interject(ids: Tensor, position: int, words: Tensor, generator: torch.Generator) -> Tensor:
+    """The next tokens [B, 1], those of every `WORD_EVERY`-th sequence in turn replaced by any word."""
+    drawn = words[torch.randint(len(words), ids.shape, generator=generator)]
+    due = (torch.arange(len(ids)) + position) % WORD_EVERY == WORD_EVERY - 1
+    return torch.where(due[:, None], drawn, ids)

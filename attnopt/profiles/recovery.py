@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.profiles.calibration import SAMPLING_BATCH, sample, sampler, sequence_starts
+from attnopt.profiles.calibration import SAMPLING_BATCH, known_words, sample, sampler, sequence_starts
 from attnopt.progress import Reporter
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def self_written(
         UnsupportedError: as `self_sampled`.
     """
     count = -(-tokens // context)
+    prefix, words = known_words(source)
     model: list[Any] = []  # made when the first part has to be written
 
     def write(part: int) -> Tensor:
         if not model:
             model.append(sampler(source, device, memory_budget))
         own = (seed * 1_000_003 + part + 1) * 2_147_483_629 % (1 << 62)
-        prompts = sequence_starts(source, min(SAMPLING_BATCH, count - part * SAMPLING_BATCH), own)
-        return sample(model[0], prompts, context, seed=own, reporter=reporter).long()
+        prompts = sequence_starts(prefix, words, min(SAMPLING_BATCH, count - part * SAMPLING_BATCH), own)
+        return sample(model[0], prompts, context, seed=own, words=words, reporter=reporter).long()
 
     return torch.cat([kept(part, partial(write, part)) for part in range(-(-count // SAMPLING_BATCH))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from attnopt.errors import OptionError, SourceError, UnsupportedError
 from attnopt.profiles import calibration
-from attnopt.profiles.calibration import divide, from_files, sample, self_sampled, sequence_starts
+from attnopt.profiles.calibration import divide, from_files, known_words, sample, self_sampled, sequence_starts
 
 BOS, EOS = 300, 301
 
@@ -204,7 +205,7 @@ class TestSampling:
     def test_what_the_tokenizer_puts_before_a_text_comes_first_and_special_words_are_not_drawn(self) -> None:
         source = source_of(tiny_llama(vocab_size=BOS + 1))
         source.has_tokenizer, source.tokenizer = True, lambda: Bytes(bos=True)
-        prompts = sequence_starts(source, 500, seed=1)
+        prompts = sequence_starts(*known_words(source), 500, seed=1)
         assert prompts.shape == (500, 2)
         assert set(prompts[:, 0].tolist()) == {BOS}
         assert int(prompts[:, 1].max()) < len(Bytes())
@@ -233,6 +234,24 @@ class TestSampling:
         with torch.no_grad():
             again = model(input_ids=ids).logits.argmax(-1)
         assert torch.equal(ids[:, 1:], again[:, :-1])
+
+    def test_a_word_is_thrown_in_at_times_and_the_model_goes_on_from_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A near-deterministic model samples its own argmax but for one word in eight, at other places in each row."""
+        monkeypatch.setattr(calibration, "WORD_EVERY", 8)
+        model = tiny_llama(bos_token_id=7)
+        with torch.no_grad():
+            model.lm_head.weight *= 1e7
+        words = torch.tensor([90, 91, 92])
+        ids = sample(model, torch.arange(10, 26)[:, None], 25, seed=0, words=words)
+        with torch.no_grad():
+            foreign = ids[:, 1:] != model(input_ids=ids).logits.argmax(-1)[:, :-1]
+        assert set(ids[:, 1:][foreign].tolist()) == set(words.tolist())
+        # A word that the model would have written anyway is no difference.
+        assert 44 <= int(foreign.sum()) <= 16 * 24 // 8
+        places = [tuple(row.nonzero().flatten().tolist()) for row in foreign]
+        assert len(set(places)) > 4
+        for row in places:
+            assert all((later - earlier) % 8 == 0 for earlier, later in itertools.pairwise(row))
 
     def test_batches_follow_the_memory_of_their_caches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_llama(bos_token_id=7)

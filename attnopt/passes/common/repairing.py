@@ -21,7 +21,7 @@ class Repairing(Pass):
         "none", help="fit the changed layers to their source on the calibration text"
     )
     epochs: int | None = option(
-        None, help="passes over the text in a refit; 4, or fewer over more than 32,768 tokens", minimum=1
+        None, help="passes over the text in a refit; 8, or fewer over more than 16,384 tokens", minimum=1
     )
     follow: float = option(
         0.5, help="how far targets lead back to the source model's hidden states", minimum=0.0, maximum=1.0

@@ -50,7 +50,7 @@ class OutputRidge:
             self._gram += (scaled.T @ inputs).double()
             self._cross += (scaled.T @ error).double()
 
-    def solve(self, strength: float = 0.01) -> LatentLayer:
+    def solve(self, strength: float = 0.1) -> LatentLayer:
         """The layer with its new output projection and bias.
 
         Args:

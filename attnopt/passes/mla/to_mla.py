@@ -40,7 +40,7 @@ class ToMla(Pass):
     qk_rope_head_dim: int | None = option(None, help="width of the rotary key", minimum=2)
     recover: Literal["none", "refit"] = option("none", help="fit each layer to its source on the calibration text")
     epochs: int | None = option(
-        None, help="passes over the text in a refit; 4, or fewer over more than 32,768 tokens", minimum=1
+        None, help="passes over the text in a refit; 8, or fewer over more than 16,384 tokens", minimum=1
     )
     follow: float = option(
         0.5, help="how far targets lead back to the source model's hidden states", minimum=0.0, maximum=1.0
