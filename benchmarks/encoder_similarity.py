@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def main() -> None:
     parser.add_argument("model", help="directory of an encoder")
     parser.add_argument("--text", type=Path, required=True, help="a WikiText file with its marks")
     parser.add_argument("--sentences", type=int, default=200)
-    parser.add_argument("--calib-tokens", type=int, default=32768)
+    parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--context", type=int, default=48, help="of calibration windows; sentences have 31 tokens")
-    parser.add_argument("--only", action="append", help="rows whose name begins so; may be repeated")
+    parser.add_argument("--only", action="append", help="rows of this name, or matching this pattern; repeatable")
     arguments = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -74,7 +75,7 @@ def main() -> None:
         folder = Path(name)
         half = first_half(arguments.text, folder)
         for row, (method, options, floor) in ROWS.items():
-            if arguments.only and not any(row.startswith(start) for start in arguments.only):
+            if arguments.only and not any(fnmatchcase(row, pattern) for pattern in arguments.only):
                 continue
             result = api.convert(
                 arguments.model,

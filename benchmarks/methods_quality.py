@@ -1,7 +1,7 @@
 """What share, moh and prune cost in quality on a causal model, and what they save; the original is an arm of every run.
 
     python benchmarks/methods_quality.py MODEL --text wiki.valid.txt > methods.json
-    python benchmarks/methods_quality.py MODEL --text wiki.valid.txt --only share --decode
+    python benchmarks/methods_quality.py MODEL --text wiki.valid.txt --only "share*" --decode
 
 The first half of the text calibrates, the second half judges. Every result is written; all are loaded in one fresh
 process and compared there with the original. `--decode` measures tokens per second of both models, turn by turn in one
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,14 @@ def decoding(original: str, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", action="append", help="rows whose name begins so; may be repeated")
+    options.add_argument("--only", action="append", help="rows of this name, or matching this pattern; repeatable")
     options.add_argument("--decode", action="store_true", help="measure decoding as well")
     arguments = options.parse_args()
     rows, outs = [], []
     with folder_of(arguments) as folder:
         half = first_half(arguments.text, folder)
         for name in ROWS:
-            if arguments.only and not any(name.startswith(start) for start in arguments.only):
+            if arguments.only and not any(fnmatchcase(name, pattern) for pattern in arguments.only):
                 continue
             outs.append(folder / re.sub(r"\W+", "-", name))
             rows.append(kept_row(arguments, outs[-1], partial(convert, arguments, name, half), row=ROWS[name][:2]))
