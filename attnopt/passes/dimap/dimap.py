@@ -26,7 +26,7 @@ from attnopt.rewriter.weights import Derived, Value, evaluate
 
 @dataclass(frozen=True)
 class Dimap(Pass):
-    """Prune by weights alone (DIMAP): sizes relative to their layer, ranked within QKV, projection and MLP modules."""
+    """Prune by weights alone (DIMAP): sizes relative to their layer, ranked over QKV, projection and MLP modules."""
 
     name: ClassVar[str] = "dimap"
     section: ClassVar[str] = "weights"
@@ -38,8 +38,11 @@ class Dimap(Pass):
     prj: float | None = option(None, help="another fraction for output projections", minimum=0, maximum=0.99)
     mlp: float | None = option(None, help="another fraction for MLPs", minimum=0, maximum=0.99)
     structured: bool = option(False, help="remove whole heads and MLP channels for good, instead of zeroing weights")
+    shares: Literal["joint", "equal"] = option(
+        "joint", help="how much each module loses: what distorts least, one threshold for all, or the same (the paper)"
+    )
     granularity: Literal["fused", "split"] = option(
-        "fused", help="rank queries, keys and values of a layer as one matrix (as in the paper) or each by itself"
+        "split", help="rank queries, keys and values of a layer each by itself or as one matrix (the paper)"
     )
 
     def check(self, program: Program) -> None:
@@ -55,7 +58,7 @@ class Dimap(Pass):
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """Which layers are touched; how much each loses is decided from its weights."""
         what = "structured" if self.structured else "zeros"
-        edit = {"kind": what, **{module: self._ratio(module) for module in MODULES}}
+        edit = {"kind": what, "shares": self.shares, **{module: self._ratio(module) for module in MODULES}}
         sites = [site.fqn for site in program.site_list]
         if self.structured:
             touched = {site.fqn for site in self._prunable(program)} | {m.site for m in _whole(find_mlps(program))}
@@ -122,15 +125,21 @@ class Dimap(Pass):
         given = getattr(self, module)
         return self.sparsity if given is None else float(given)
 
+    def _rankings(self) -> list[tuple[tuple[str, ...], float]]:
+        """Modules that are ranked together and what they lose; one with its own fraction is ranked alone."""
+        alone = [m for m in MODULES if self.shares == "equal" or getattr(self, m) is not None]
+        together = tuple(m for m in MODULES if m not in alone)
+        return [((m,), self._ratio(m)) for m in alone] + ([(together, self.sparsity)] if together else [])
+
     def _choose_weights(self, program: Program, planned: set[str]) -> dict[str, dict[str, Any]]:
         chosen: dict[str, dict[str, Any]] = {}
-        for module in MODULES:
+        for modules, ratio in self._rankings():
             layers = [
-                one for one in ranked_layers(program, self.granularity) if one.module == module and one.site in planned
+                one for one in ranked_layers(program, self.granularity) if one.module in modules and one.site in planned
             ]
             readers = [_reader(program, one) for one in layers]
             total = sum(_size(program, one) for one in layers)
-            counts = kept_counts(readers, exact_count(total, self._ratio(module))) if layers else []
+            counts = kept_counts(readers, exact_count(total, ratio)) if layers else []
             for one, count in zip(layers, counts, strict=True):
                 keep = chosen.setdefault(one.site, {"kind": "zeros", "keep": {}})["keep"]
                 for name, part in _divided(program, one, count).items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnopt.errors import OptionError
+from attnopt.passes.dimap.lamp import scores
 from attnopt.passes.dimap.modules import find_mlps, ranked_layers
 from attnopt.rewriter.interpret import run
 from attnopt.rewriter.passes import PassContext
@@ -42,7 +43,7 @@ def module_names(program: Program) -> dict[str, set[str]]:
 )
 def test_modules_lose_exactly_the_share_asked_for(family: str) -> None:
     _, program = models.captured(family)
-    result = apply(program, "dimap{sparsity=0.5 mlp=0.25}", NO_DATA)
+    result = apply(program, "dimap{sparsity=0.5 mlp=0.25 shares=equal}", NO_DATA)
     names = module_names(program)
     for module, ratio in (("qkv", 0.5), ("prj", 0.5), ("mlp", 0.25)):
         if family == "deepseek_v3" and module == "mlp":
@@ -55,6 +56,40 @@ def test_modules_lose_exactly_the_share_asked_for(family: str) -> None:
     assert rest
     assert all(result.program.weights[n] is program.weights[n] for n in rest)
     assert result.program.parameters == program.parameters
+
+
+def test_modules_share_one_threshold() -> None:
+    """No weight that is gone scores higher than one that is left, of whatever module; modules lose different shares."""
+    _, program = models.captured("swin")
+    factor = {
+        n: 2.0 ** (i % 5) for i, n in enumerate(sorted(program.weight_names)) if program.weights.meta(n).numel > 64
+    }
+    program = with_weights(program, {n: program.weights.get(n) * f for n, f in factor.items()})
+    skewed = {n: torch.nn.functional.dropout(program.weights.get(n), 0.4) for n in module_names(program)["mlp"]}
+    program = with_weights(program, skewed)
+    result = apply(program, "dimap{sparsity=0.6}", NO_DATA)
+    gone, left, total, lost = [0.0], [1.0], 0, 0
+    for name in set().union(*module_names(program).values()):
+        before, after = program.weights.get(name).flatten(), result.program.weights.get(name).flatten()
+        order = before.abs().argsort(descending=True, stable=True)
+        score = scores(before)
+        kept = after[order] != 0
+        gone.append(float(score[~kept].max()))
+        left.append(float(score[kept].min()))
+        total, lost = total + len(before), lost + int((~kept).sum())
+    assert max(gone) <= min(left)
+    assert lost == round(0.6 * total)
+    sparsity = result.results[0].summary["sparsity"]
+    assert sparsity["mlp"] > sparsity["qkv"] + 0.02
+
+
+def test_a_module_with_its_own_share_is_ranked_alone() -> None:
+    _, program = models.captured("swin")
+    result = apply(program, "dimap{sparsity=0.5 mlp=0.25}", NO_DATA)
+    sizes = {m: sum(program.weights.meta(n).numel for n in names) for m, names in module_names(program).items()}
+    zeroed = result.results[0].summary["zeroed"]
+    assert abs(zeroed["mlp"] - 0.25 * sizes["mlp"]) <= 1
+    assert abs(zeroed["qkv"] + zeroed["prj"] - 0.5 * (sizes["qkv"] + sizes["prj"])) <= 1
 
 
 def test_swin_modules_are_those_of_the_paper() -> None:
@@ -94,8 +129,9 @@ def test_fused_and_split_storage_lose_the_same_weights() -> None:
         whole = values[f"model.layers.{i}.self_attn.qkv_proj.weight"]
         for n, rows in (("q", slice(0, 32)), ("k", slice(32, 48)), ("v", slice(48, 64))):
             same[f"model.layers.{i}.self_attn.{n}_proj.weight"] = whole[rows].clone()
-    one = apply(with_weights(fused, values), "dimap", NO_DATA).program
-    two = apply(with_weights(gqa, same), "dimap", NO_DATA).program
+    paper = "dimap{shares=equal granularity=fused}"
+    one = apply(with_weights(fused, values), paper, NO_DATA).program
+    two = apply(with_weights(gqa, same), paper, NO_DATA).program
     joined = torch.cat([two.weights.get(f"{layer}.{n}_proj.weight") for n in "qkv"])
     assert torch.equal(one.weights.get(f"{layer}.qkv_proj.weight"), joined)
 
