@@ -202,8 +202,7 @@ class _LayerRepair:
         if fill == "none" or fit.error_before < NOISE:
             return fit.weight, fit.bias
         if free_of(self.job.new.program, self.site.o.weight, self._output_matrix()) is not None:
-            fill = "mean"  # pruned zeros stay
-            return fit.weight, fit.bias
+            return fit.weight, fit.bias  # pruned zeros stay
         if fill == "mean":
             return fit.means() if self.site.o.bias is not None else (fit.weight, fit.bias)
         return fit.solve(bias=self.site.o.bias is not None)
