@@ -224,10 +224,36 @@ def self_sampled(
         OptionError: if `tokens` or `context` make no sense.
     """
     _check_sizes(tokens, context)
-    model = sampler(source, device, memory_budget)
-    prefix, words = known_words(source)
-    prompts = sequence_starts(prefix, words, tokens // context, seed)
-    return divide(sample(model, prompts, context, seed=seed, words=words, reporter=reporter), "self", seed)
+    writer = Writer.of(source, device, memory_budget)
+    return divide(writer.write(tokens // context, context, seed, reporter), "self", seed)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes text, and what its texts begin with.
+
+    Attributes:
+        model: a causal language model of transformers, on its device.
+        prefix, words: of `known_words`.
+    """
+
+    model: Any
+    prefix: Sequence[int]
+    words: Tensor
+
+    @classmethod
+    def of(cls, source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Writer:
+        """The source's model, loaded.
+
+        Raises:
+            UnsupportedError: as `sampler`.
+        """
+        return cls(sampler(source, device, memory_budget), *known_words(source))
+
+    def write(self, count: int, length: int, seed: int, reporter: Reporter | None = None) -> Tensor:
+        """Token ids [count, length]; see `sequence_starts` and `sample`."""
+        starts = sequence_starts(self.prefix, self.words, count, seed)
+        return sample(self.model, starts, length, seed=seed, words=self.words, reporter=reporter)
 
 
 def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:

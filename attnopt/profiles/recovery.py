@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from attnopt.profiles.calibration import SAMPLING_BATCH, known_words, sample, sampler, sequence_starts
+from attnopt.profiles.calibration import SAMPLING_BATCH, Writer
 from attnopt.progress import Reporter
 
 if TYPE_CHECKING:
@@ -41,14 +41,11 @@ def self_written(
         UnsupportedError: as `self_sampled`.
     """
     count = -(-tokens // context)
-    prefix, words = known_words(source)
-    model: list[Any] = []  # made when the first part has to be written
+    # Made when the first part has to be written, if one has to.
+    writer = cache(partial(Writer.of, source, device, memory_budget))
 
     def write(part: int) -> Tensor:
-        if not model:
-            model.append(sampler(source, device, memory_budget))
         own = (seed * 1_000_003 + part + 1) * 2_147_483_629 % (1 << 62)
-        prompts = sequence_starts(prefix, words, min(SAMPLING_BATCH, count - part * SAMPLING_BATCH), own)
-        return sample(model[0], prompts, context, seed=own, words=words, reporter=reporter).long()
+        return writer().write(min(SAMPLING_BATCH, count - part * SAMPLING_BATCH), context, own, reporter).long()
 
     return torch.cat([kept(part, partial(write, part)) for part in range(-(-count // SAMPLING_BATCH))])
