@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,7 @@ def free_of(program: Program, name: str, start: Tensor) -> Tensor | None:
 
 def _zeroed(program: Program) -> bool:
     """True if a pass has set weights to zero to stay so."""
-    return any(isinstance(entry.summary.get("zeroed"), Mapping) for entry in program.history)
+    return any(entry.summary.get("zeroed") for entry in program.history)
 
 
 def lane_of(site: AttentionSite) -> int | None:
