@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from judging import first_half, plain
+from judging import add_only, asked_for, first_half, plain
 
 #: name -> (method, options, mean cosine to reach). Figures are for all-MiniLM-L6-v2: 6 layers of 12 heads.
 ROWS: dict[str, tuple[str, dict[str, Any], float | None]] = {
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--calib-tokens", type=int, default=65536)
     parser.add_argument("--context", type=int, default=48, help="of calibration windows; sentences have 31 tokens")
-    parser.add_argument("--only", action="append", help="rows of this name, or matching this pattern; repeatable")
+    add_only(parser)
     arguments = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -75,7 +74,7 @@ def main() -> None:
         folder = Path(name)
         half = first_half(arguments.text, folder)
         for row, (method, options, floor) in ROWS.items():
-            if arguments.only and not any(fnmatchcase(row, pattern) for pattern in arguments.only):
+            if not asked_for(arguments, row):
                 continue
             result = api.convert(
                 arguments.model,

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def parser(text: str | None, context: int = 1024) -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--work", type=Path, help="directory in which to keep conversions, and to find them")
     return found
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Add `--only` to a parser."""
+    parser.add_argument("--only", action="append", help="rows of this name, or matching this pattern; repeatable")
+
+
+def asked_for(arguments: argparse.Namespace, row: str) -> bool:
+    """True if `--only` names the row, or is not given."""
+    return not arguments.only or any(fnmatchcase(row, pattern) for pattern in arguments.only)
 
 
 @contextmanager

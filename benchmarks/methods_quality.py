@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from judging import calibration, document, first_half, folder_of, judged, kept_row, parser
+from judging import add_only, asked_for, calibration, document, first_half, folder_of, judged, kept_row, parser
 
 #: name -> (method, options, ln(perplexity ratio) to reach; None where it is only reported). Figures are for
 #: SmolLM2-135M: 30 layers of 9 query and 3 key/value heads.
@@ -81,14 +80,14 @@ def decoding(original: str, out: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", action="append", help="rows of this name, or matching this pattern; repeatable")
+    add_only(options)
     options.add_argument("--decode", action="store_true", help="measure decoding as well")
     arguments = options.parse_args()
     rows, outs = [], []
     with folder_of(arguments) as folder:
         half = first_half(arguments.text, folder)
         for name in ROWS:
-            if arguments.only and not any(fnmatchcase(name, pattern) for pattern in arguments.only):
+            if not asked_for(arguments, name):
                 continue
             outs.append(folder / re.sub(r"\W+", "-", name))
             rows.append(kept_row(arguments, outs[-1], partial(convert, arguments, name, half), row=ROWS[name][:2]))
