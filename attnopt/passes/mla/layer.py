@@ -160,8 +160,10 @@ def closed_form(
     slots = normalised(take_slots(stats, table), stats)
     phases = phase_coefficients(stats)
     blocks = closed_form_blocks(stats, slots, phases)
-    moments = torch.cat([stats.keys.covariance(), stats.values.covariance()])
-    low = fit(blocks, moments, common_moment(stats), rank, sweeps)
+    query, query_bias = _queries(layer, phases, slots)
+    rope = _interleave(slots.encoder)
+    del slots  # what they leave of the keys is in the blocks; it is large, and the fit needs the room
+    low = fit(blocks, moments_of(stats), common_moment(stats), rank, sweeps)
     groups, group = layer.groups, layer.group_of
     w_uk, w_uv = torch.stack(low.decoders[:groups])[group], torch.stack(low.decoders[groups:])[group]
 
@@ -169,14 +171,12 @@ def closed_form(
     means = stats.values.mean()[stats.class_of]
     own = torch.einsum("gvp,gp->gv", layer.value_rows(), means)
     coded = torch.einsum("gvr,gr->gv", torch.stack(low.decoders[groups:]), (means - mean) @ low.encoder.mT)
-    rope = _interleave(slots.encoder)
     if layer.normed:
         encoder, encoder_bias, rope_bias = low.encoder, -low.encoder @ mean, rope.new_zeros(rope.shape[0])
     else:
         rows, offset = layer.output_map()
         encoder, encoder_bias, rope_bias = low.encoder @ rows, low.encoder @ (offset - mean), rope @ offset
         rope = rope @ rows
-    query, query_bias = _queries(layer, phases, slots)
     result = LatentLayer(
         query=query,
         query_bias=query_bias,
@@ -189,11 +189,16 @@ def closed_form(
         value_mean=(own - coded)[group],
         w_o=layer.w_o.double().flatten(1),
         b_o=torch.zeros(layer.width, dtype=torch.float64) if layer.b_o is None else layer.b_o.double(),
-        inv_freq=layer.inv_freq[list(slots.table)],
+        inv_freq=layer.inv_freq[sorted(table)],
     )
     share = low.loss / low.total if low.total > 0 else 0.0
     energies = slot_energies(stats)
     return result, Predicted(left_by(energies, table), low.loss, share, float(energies.sum()) + low.total)
+
+
+def moments_of(stats: LayerStatistics) -> Tensor:
+    """Centred second moments of what the encoder reads [classes, p, p]: for the keys, then for the values."""
+    return torch.cat([stats.keys.covariance(), stats.values.covariance()])
 
 
 def rotation_of(phases: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _FLOOR = 1e-10
+_RIDGE = 1e-14
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,17 @@ class LowRank:
     total: float
 
 
-def root(metric: Tensor, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Symmetric root of a positive semidefinite matrix and its inverse; eigenvalues below floor * max are raised."""
-    values, vectors = torch.linalg.eigh((metric + metric.mT) / 2)
-    values = values.clamp(min=max(float(values[-1]) * floor, 1e-300))
-    return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
+def factor(moment: Tensor) -> Tensor:
+    """F with F Fᵀ = C for a positive semidefinite matrix, up to a change of C by `_RIDGE` of its trace."""
+    ridge = _RIDGE * float(moment.diagonal().sum())
+    lower, failed = torch.linalg.cholesky_ex(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
+    if ridge and not int(failed):
+        return lower
+    values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
+    return vectors * values.clamp(min=max(ridge, 1e-300)).sqrt()
 
 
-def joint(blocks: Sequence[Block], moment: Tensor, rank: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+def joint(blocks: Sequence[Block], moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The closed form for one second moment C for all blocks.
 
     Args:
@@ -66,32 +70,31 @@ def joint(blocks: Sequence[Block], moment: Tensor, rank: int) -> tuple[Tensor, t
         rank: r.
 
     Returns:
-        E [r, p], the decoders U_b = S_b^{-½} U_r, and all eigenvalues, descending: the loss is the sum of those from
-        the r-th on.
+        E [r, p], and all eigenvalues, descending: the loss with the best decoders is the sum of those from the r-th on.
     """
-    roots = [root(block.metric) for block in blocks]
-    stacked = torch.cat([half @ block.rows for (half, _), block in zip(roots, blocks, strict=True)])
-    if stacked.shape[0] <= stacked.shape[1]:
-        gram = stacked @ moment @ stacked.mT
-        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-        vectors = vectors.flip(-1)[:, :rank]
-    else:
-        half, _ = root(moment, 1e-14)
-        inner = stacked @ half
-        gram = inner.mT @ inner
-        values, right = torch.linalg.eigh((gram + gram.mT) / 2)
-        scale = values.flip(-1)[:rank].clamp(min=1e-300).rsqrt()
-        vectors = (inner @ right.flip(-1)[:, :rank]) * scale
-    sizes = [block.rows.shape[0] for block in blocks]
-    decoders = tuple(back @ part for (_, back), part in zip(roots, vectors.split(sizes), strict=True))
-    return vectors.mT @ stacked, decoders, values.flip(-1).clamp(min=0)
+    rows = sum(block.rows.shape[0] for block in blocks)
+    if rows <= len(moment):
+        stacked = torch.cat([factor(block.metric).mT @ block.rows for block in blocks])
+        values, vectors = _descending(stacked @ moment @ stacked.mT)
+        return vectors[:, :rank].mT @ stacked, values
+    # The smaller side: with C = F Fᵀ and T F = U Λ^½ Vᵀ, E = Uᵀ T = Λ^-½ Vᵀ Fᵀ TᵀT, and T itself is not needed.
+    inner = sum((block.rows.mT @ block.metric @ block.rows for block in blocks), torch.zeros_like(moment))
+    half = factor(moment)
+    values, vectors = _descending(half.mT @ inner @ half)
+    kept = values[:rank]
+    scale = torch.where(kept > _RIDGE * values[0], kept.clamp(min=1e-300).rsqrt(), 0.0)
+    return (half @ (vectors[:, :rank] * scale)).mT @ inner, values
+
+
+def _descending(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first and none below zero, and eigenvectors of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return values.flip(-1).clamp(min=0), vectors.flip(-1)
 
 
 def whiten(encoder: Tensor, moment: Tensor) -> Tensor:
     """The same row space with E C Eᵀ = I; directions without energy become zero rows at the end."""
-    gram = encoder @ moment @ encoder.mT
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-    values, vectors = values.flip(-1), vectors.flip(-1)
+    values, vectors = _descending(encoder @ moment @ encoder.mT)
     alive = values > _FLOOR * values[0].clamp(min=1e-300)
     scale = torch.where(alive, values.clamp(min=1e-300).rsqrt(), 0.0)
     return _fixed_signs((vectors * scale).mT @ encoder)
@@ -107,11 +110,13 @@ def decode(blocks: Sequence[Block], moments: Tensor, encoder: Tensor) -> tuple[T
     """The best U_b = A_b C_b Eᵀ (E C_b Eᵀ)⁺ for an encoder; S_b does not matter."""
     inverses = {}
     for cls in {block.cls for block in blocks}:
-        gram = encoder @ moments[cls] @ encoder.mT
+        crossed = moments[cls] @ encoder.mT
+        gram = encoder @ crossed
         values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
         alive = values > 1e-12 * values[-1].clamp(min=1e-300)
-        inverses[cls] = (vectors * torch.where(alive, 1 / values.clamp(min=1e-300), 0.0)) @ vectors.mT
-    return tuple(block.rows @ moments[block.cls] @ encoder.mT @ inverses[block.cls] for block in blocks)
+        scaled = vectors * torch.where(alive, 1 / values.clamp(min=1e-300), 0.0)
+        inverses[cls] = crossed @ (scaled @ vectors.mT)
+    return tuple(block.rows @ inverses[block.cls] for block in blocks)
 
 
 def loss_of(blocks: Sequence[Block], moments: Tensor, encoder: Tensor, decoders: Sequence[Tensor]) -> float:
@@ -138,8 +143,7 @@ def fit(
     """
     width = blocks[0].rows.shape[1]
     usable = min(rank, width, sum(block.rows.shape[0] for block in blocks))
-    encoder, _, _ = joint(blocks, common, usable)
-    encoder = whiten(encoder, common)
+    encoder = whiten(joint(blocks, common, usable)[0], common)
     decoders = decode(blocks, moments, encoder)
     total = sum(float(((b.metric @ b.rows @ moments[b.cls]) * b.rows).sum()) for b in blocks)
     best = loss_of(blocks, moments, encoder, decoders)
@@ -165,12 +169,17 @@ def _encode(
     rows = {cls: torch.zeros_like(encoder) for cls in classes}
     for block, up in zip(blocks, decoders, strict=True):
         weighted = up.mT @ block.metric
-        left[block.cls] += weighted @ up
-        rows[block.cls] += weighted @ block.rows
-    right = sum((rows[cls] @ moments[cls] for cls in classes), torch.zeros_like(encoder))
+        left[block.cls].addmm_(weighted, up)
+        rows[block.cls].addmm_(weighted, block.rows)
+    right = torch.zeros_like(encoder)
+    for cls in classes:
+        right.addmm_(rows.pop(cls), moments[cls])
 
     def apply(e: Tensor) -> Tensor:
-        return sum((left[cls] @ e @ moments[cls] for cls in classes), torch.zeros_like(e))
+        result = torch.zeros_like(e)
+        for cls in classes:
+            result.addmm_(left[cls] @ e, moments[cls])
+        return result
 
     outer = _inverse(sum((left[cls] for cls in classes), torch.zeros_like(left[classes[0]])))
     inner = _inverse(torch.stack([moments[cls] for cls in classes]).mean(0))
@@ -189,20 +198,25 @@ def _conjugate_gradients(
     precondition: Callable[[Tensor], Tensor],
     steps: int,
 ) -> Tensor:
-    """Some steps of preconditioned conjugate gradients towards apply(x) = right, from `start`."""
-    x, residual = start, right - apply(start)
-    z = precondition(residual)
-    direction, power = z, float((residual * z).sum())
+    """Some steps of preconditioned conjugate gradients towards apply(x) = right, from `start`; `right` is overwritten.
+
+    In place, because these are the largest tensors of a conversion.
+    """
+    x, residual = start.clone(), right.sub_(apply(start))
+    direction = precondition(residual)
+    power = float(residual.flatten() @ direction.flatten())
     for _ in range(steps):
         if power <= 0:
             break
         image = apply(direction)
-        curvature = float((direction * image).sum())
+        curvature = float(direction.flatten() @ image.flatten())
         if curvature <= 0:
             break
-        x = x + (power / curvature) * direction
-        residual = residual - (power / curvature) * image
+        x.add_(direction, alpha=power / curvature)
+        residual.sub_(image, alpha=power / curvature)
+        del image
         z = precondition(residual)
-        new_power = float((residual * z).sum())
-        direction, power = z + (new_power / power) * direction, new_power
+        new_power = float(residual.flatten() @ z.flatten())
+        direction.mul_(new_power / power).add_(z)
+        power = new_power
     return x

@@ -71,11 +71,20 @@ def _spectra(stats: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues [F, G] ascending, vectors [F, G, G] of diag(omega_f) K_f C K_fᴴ diag(omega_f), and omega [G, F]."""
     omega = losses(stats).sqrt()
     pairs = pair_rows(stats.layer)
-    moment = (stats.keys.second.sum(0) / stats.keys.weight.sum().clamp(min=1e-300)).to(torch.complex128)
-    scaled = pairs * omega[:, :, None]
-    gram = torch.einsum("gfp,pq,hfq->fgh", scaled, moment, scaled.conj())
+    scaled = (pairs * omega[:, :, None]).movedim(1, 0)
+    gram = _times(scaled, _key_moment(stats)) @ scaled.mH
     values, vectors = torch.linalg.eigh((gram + gram.mH) / 2)
     return values.clamp(min=0), vectors, omega
+
+
+def _key_moment(stats: LayerStatistics) -> Tensor:
+    """E[u uᵀ] under the keys' weights, of all groups together, [p, p]."""
+    return stats.keys.second.sum(0).div_(stats.keys.weight.sum().clamp(min=1e-300))
+
+
+def _times(rows: Tensor, moment: Tensor) -> Tensor:
+    """Complex rows [.., p] times a real matrix, at half the price of a complex one."""
+    return torch.complex(rows.real @ moment, rows.imag @ moment)
 
 
 def slot_energies(stats: LayerStatistics) -> Tensor:
@@ -142,6 +151,6 @@ def normalised(slots: Slots, stats: LayerStatistics) -> Slots:
     """The same with rotary keys of unit mean square, which rounds and trains better (their scale is free)."""
     if not slots.table:
         return slots
-    moment = (stats.keys.second.sum(0) / stats.keys.weight.sum().clamp(min=1e-300)).to(torch.complex128)
-    power = torch.einsum("sp,pq,sq->s", slots.encoder, moment, slots.encoder.conj()).real.clamp(min=1e-300).sqrt()
+    energy = (_times(slots.encoder, _key_moment(stats)) * slots.encoder.conj()).real.sum(1)
+    power = energy.clamp(min=1e-300).sqrt()
     return Slots(slots.table, slots.encoder / power[:, None], slots.decoder * power[:, None], slots.residual)

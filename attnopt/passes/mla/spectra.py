@@ -90,7 +90,7 @@ class Spectra(SiteMetric):
         return closed_form_blocks(self.statistics, slots, phase_coefficients(self.statistics))
 
     def _left(self, blocks: list[Block]) -> Tensor:
-        _, _, values = joint(blocks, common_moment(self.statistics), 1)
+        _, values = joint(blocks, common_moment(self.statistics), 1)
         total = values.sum().clamp(min=1e-300)
         left = (1 - values.cumsum(0) / total).clamp(min=0)
         return torch.cat([torch.ones(1, dtype=left.dtype), left])

@@ -62,9 +62,11 @@ class Moment:
     @property
     def second(self) -> Tensor:
         """Sum of w u uᵀ per class, [classes, p, p]."""
-        crossed = self._shift[:, :, None] * self._first[:, None, :]
-        own = self.weight[:, None, None] * self._shift[:, :, None] * self._shift[:, None, :]
-        return self._second + crossed + crossed.mT + own
+        # (shift)(first + w shift / 2)ᵀ and its transpose; in place, for these are the largest tensors there are.
+        half = self._shift[:, :, None] * (self._first + self.weight[:, None] / 2 * self._shift)[:, None, :]
+        result = half + half.mT
+        del half
+        return result.add_(self._second)
 
     @property
     def first(self) -> Tensor:
@@ -89,8 +91,12 @@ class Moment:
         """E[u uᵀ] - E[u] E[u]ᵀ per class, [classes, p, p]."""
         weight = self.weight.clamp(min=1e-300)
         mean = self._first / weight[:, None]
-        result = self._second / weight[:, None, None] - mean[:, :, None] * mean[:, None, :]
-        return (result + result.mT) / 2
+        result = torch.baddbmm(self._second / weight[:, None, None], mean[:, :, None], mean[:, None, :], alpha=-1)
+        return (result + result.mT).div_(2)
+
+
+#: Vectors that are added to a moment in one product, at most.
+VECTORS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,10 @@ class LayerStatistics:
             self.keys.add(of, window.inputs, by_key[class_of_head == of].sum(0))
 
     def _add_values(self, window: _Window) -> None:
-        layer = self.layer
-        for head in range(layer.heads):
-            averages = window.attention[head] @ window.inputs
-            self.values.add(int(self.class_of[int(layer.group_of[head])]), averages, window.weights)
+        class_of_head = self.class_of.to(self.layer.group_of)[self.layer.group_of]
+        # Several heads at once: adding to a moment costs as much as multiplying a few hundred vectors.
+        at_once = max(1, VECTORS_AT_ONCE // window.attention.shape[1])
+        for of in range(len(self.values.weight)):
+            for heads in (class_of_head == of).nonzero()[:, 0].split(at_once):
+                averages = (window.attention[heads] @ window.inputs).flatten(0, 1)
+                self.values.add(of, averages, window.weights.repeat(len(heads)))

@@ -34,18 +34,19 @@ def problem(width: int, sizes: tuple[int, ...], classes: int) -> tuple[list[Bloc
 def test_the_discarded_eigenvalues_are_the_loss(width: int, sizes: list[int], data: st.DataObject) -> None:
     blocks, moments = problem(width, tuple(sizes), 1)
     rank = data.draw(st.integers(1, min(width, sum(sizes))))
-    encoder, decoders, values = lowrank.joint(blocks, moments[0], rank)
+    encoder, values = lowrank.joint(blocks, moments[0], rank)
     assert encoder.shape == (rank, width)
-    loss = lowrank.loss_of(blocks, moments, encoder, decoders)
+    loss = lowrank.loss_of(blocks, moments, encoder, lowrank.decode(blocks, moments, encoder))
     assert loss == pytest.approx(float(values[rank:].sum()), rel=1e-5, abs=1e-5 * float(values.sum()))
 
 
 def test_both_forms_of_the_closed_solution_agree() -> None:
     tall, moments = problem(6, (5, 5), 1)
-    encoder, decoders, values = lowrank.joint(tall, moments[0], 3)
-    stacked = torch.cat([lowrank.root(b.metric)[0] @ b.rows for b in tall])
+    encoder, values = lowrank.joint(tall, moments[0], 3)
+    stacked = torch.cat([lowrank.factor(b.metric).mT @ b.rows for b in tall])
     expected = torch.linalg.eigvalsh(stacked @ moments[0] @ stacked.T).flip(0)
     assert relative(values, expected[:6]) < 1e-8
+    decoders = lowrank.decode(tall, moments, encoder)
     assert lowrank.loss_of(tall, moments, encoder, decoders) == pytest.approx(float(expected[3:].sum()), rel=1e-6)
 
 
@@ -102,10 +103,13 @@ def test_blocks_that_are_zero_are_fine() -> None:
     assert float(low.decoders[0].abs().max()) < 1e-9
 
 
-def test_root_and_inverse_root() -> None:
-    metric = positive(5, 4)
-    half, back = lowrank.root(metric)
-    assert relative(half @ half, metric) < 1e-10
-    assert relative(half @ back, torch.eye(5, dtype=torch.float64)) < 1e-10
-    half, _ = lowrank.root(torch.zeros(3, 3, dtype=torch.float64))
+def test_factor_of_a_moment() -> None:
+    moment = positive(5, 4)
+    half = lowrank.factor(moment)
+    assert relative(half @ half.T, moment) < 1e-10
+    assert not bool(lowrank.factor(torch.zeros(3, 3, dtype=torch.float64)).abs().max() > 1e-100)
+    few = random(5, 2, seed=3)  # fewer vectors than dimensions, and one eigenvalue below zero by rounding
+    flat = few @ few.T - 1e-12 * torch.eye(5, dtype=torch.float64)
+    half = lowrank.factor(flat)
     assert bool(torch.isfinite(half).all())
+    assert relative(half @ half.T, flat) < 1e-9
