@@ -13,8 +13,7 @@ from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.common.heads import take_heads
 from attnopt.passes.common.lower import lower, obstacle
 from attnopt.passes.common.weights import channels, columns, matrix, pick
-from attnopt.passes.dimap.inputs import input_sizes
-from attnopt.passes.dimap.lamp import exact_count, group_scores, keep_largest, kept_counts, magnitudes
+from attnopt.passes.dimap.lamp import exact_count, group_scores, keep_largest, kept_counts
 from attnopt.passes.dimap.modules import MODULES, Mlp, RankedLayer, find_mlps, ranked_layers
 from attnopt.passes.dimap.structured import channel_norms, shrink
 from attnopt.rewriter.edit import Editor
@@ -22,7 +21,7 @@ from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePla
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss
 from attnopt.rewriter.site import AttentionSite
-from attnopt.rewriter.weights import Derived, Inline, Value, evaluate
+from attnopt.rewriter.weights import Derived, Value, evaluate
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,6 @@ class Dimap(Pass):
     )
     granularity: Literal["fused", "split"] = option(
         "split", help="rank queries, keys and values of a layer each by itself or as one matrix (the paper)"
-    )
-
-    inputs: Literal["noise", "equal"] = option(
-        "noise", help="how large a matrix's inputs are taken to be: as its layer makes them of noise, or equal (paper)"
     )
 
     def check(self, program: Program) -> None:
@@ -138,25 +133,20 @@ class Dimap(Pass):
 
     def _choose_weights(self, program: Program, planned: set[str]) -> dict[str, dict[str, Any]]:
         chosen: dict[str, dict[str, Any]] = {}
-        sizes = self._input_sizes(program)
         for modules, ratio in self._rankings():
             layers = [
                 one for one in ranked_layers(program, self.granularity) if one.module in modules and one.site in planned
             ]
-            readers = [_reader(program, one, sizes) for one in layers]
+            readers = [_reader(program, one) for one in layers]
             total = sum(_size(program, one) for one in layers)
             counts = kept_counts(readers, exact_count(total, ratio)) if layers else []
             for one, count in zip(layers, counts, strict=True):
                 keep = chosen.setdefault(one.site, {"kind": "zeros", "keep": {}})["keep"]
-                for name, part in _divided(program, one, count, sizes).items():
+                for name, part in _divided(program, one, count).items():
                     keep.setdefault(name, []).append(part)
         return chosen
 
-    def _input_sizes(self, program: Program) -> dict[str, Tensor]:
-        return input_sizes(program) if self.inputs == "noise" else {}
-
     def _zero(self, editor: Editor, program: Program, plan: Plan) -> dict[str, Any]:
-        measured = self._input_sizes(program)
         zeros, sizes = dict.fromkeys(MODULES, 0), dict.fromkeys(MODULES, 0)
         modules = {name: one.module for one in ranked_layers(program, self.granularity) for name in one.weights}
         for edit in plan.edits:
@@ -166,9 +156,7 @@ class Dimap(Pass):
                     sizes[modules[name]] += numel
                     zeros[modules[name]] += numel - sum(counts)
                     if sum(counts) < numel:
-                        operands = [program.weights[name]]
-                        operands += [Inline(measured[name])] if name in measured else []
-                        value = Derived.of(keep_largest.__name__, *operands, counts=tuple(counts))
+                        value = Derived.of(keep_largest.__name__, program.weights[name], counts=tuple(counts))
                         editor.set_weight(name, value, replace=True)
         return {
             "zeroed": zeros,
@@ -266,29 +254,29 @@ def _numel(program: Program, layer: RankedLayer, name: str) -> int:
     return meta.numel if layer.expert is None else meta.numel // meta.shape[0]
 
 
-def _reader(program: Program, layer: RankedLayer, sizes: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+def _reader(program: Program, layer: RankedLayer) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        return torch.cat([_entries(program, layer, name, sizes) for name in layer.weights])
+        return torch.cat([_entries(program, layer, name) for name in layer.weights])
 
     return read
 
 
-def _entries(program: Program, layer: RankedLayer, name: str, sizes: Mapping[str, Tensor]) -> Tensor:
+def _entries(program: Program, layer: RankedLayer, name: str) -> Tensor:
     value = program.weights[name]
     if layer.expert is not None:
         value = Derived.of("rows", value, start=layer.expert, stop=layer.expert + 1)
-    return magnitudes(evaluate(value), sizes.get(name)).flatten()
+    return evaluate(value).flatten().abs()
 
 
-def _divided(program: Program, layer: RankedLayer, count: int, sizes: Mapping[str, Tensor]) -> dict[str, int]:
+def _divided(program: Program, layer: RankedLayer, count: int) -> dict[str, int]:
     """How many of the `count` largest entries of a layer lie in each of its matrices."""
     if len(layer.weights) == 1:
         return {layer.weights[0]: count}
-    entries = _reader(program, layer, sizes)()
+    entries = _reader(program, layer)()
     largest = entries.sort(descending=True, stable=True).indices[:count]
-    numels = torch.tensor([_numel(program, layer, name) for name in layer.weights])
-    owner = torch.bucketize(largest, numels.cumsum(0), right=True)
-    counts = torch.bincount(owner, minlength=len(numels)).tolist()
+    sizes = torch.tensor([_numel(program, layer, name) for name in layer.weights])
+    owner = torch.bucketize(largest, sizes.cumsum(0), right=True)
+    counts = torch.bincount(owner, minlength=len(sizes)).tolist()
     return dict(zip(layer.weights, counts, strict=True))
 
 

@@ -6,8 +6,7 @@ Sorted by size, w_(1) >= w_(2) >= ..., entry j of a layer scores
 
 which is the share of the layer's remaining energy that removing it costs, and bounds the relative distortion of the
 output. The largest entry of every layer scores 1, so no layer is emptied; within a layer the order is that of size; and
-scaling a layer changes nothing. Scores of one module are compared with one threshold. w is the entry itself or, closer
-to the output, the entry times the size of its input (`inputs`).
+scaling a layer changes nothing. Scores of one module are compared with one threshold.
 """
 
 from __future__ import annotations
@@ -89,25 +88,19 @@ def group_scores(norms: Tensor) -> Tensor:
 
 
 @derived_op
-def keep_largest(x: Tensor, sizes: Tensor | None = None, *, counts: tuple[int, ...]) -> Tensor:
+def keep_largest(x: Tensor, *, counts: tuple[int, ...]) -> Tensor:
     """x with all but its largest entries set to zero; ties keep the lower index.
 
     Args:
         x: any shape; with n counts its first axis is cut into n equal parts that are treated one by one.
-        sizes: what the entries are multiplied by before they are compared, of a shape that broadcasts to x's; None: 1.
         counts: how many entries each part keeps.
     """
     parts = x.reshape(len(counts), -1)
-    order = magnitudes(x, sizes).reshape(len(counts), -1).sort(dim=1, descending=True, stable=True).indices
+    order = parts.abs().sort(dim=1, descending=True, stable=True).indices
     rank = torch.arange(parts.shape[1], device=x.device)
     mask = torch.zeros_like(parts, dtype=torch.bool)
     kept = rank[None] < torch.tensor(counts, device=x.device)[:, None]
     return torch.where(mask.scatter(1, order, kept), parts, torch.zeros_like(parts)).reshape(x.shape)
-
-
-def magnitudes(x: Tensor, sizes: Tensor | None) -> Tensor:
-    """|x| times the sizes of what it multiplies."""
-    return x.abs() if sizes is None else x.abs() * sizes.to(x)
 
 
 def exact_count(total: int, sparsity: float) -> int:

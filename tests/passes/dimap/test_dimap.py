@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from attnopt.errors import OptionError
-from attnopt.passes.dimap.inputs import input_sizes
 from attnopt.passes.dimap.lamp import scores
 from attnopt.passes.dimap.modules import find_mlps, ranked_layers
 from attnopt.rewriter.interpret import run
@@ -65,7 +64,7 @@ def test_modules_share_one_threshold() -> None:
     torch.manual_seed(0)
     skewed = {n: torch.nn.functional.dropout(program.weights.get(n), 0.4) for n in module_names(program)["mlp"]}
     program = with_weights(program, skewed)
-    result = apply(program, "dimap{sparsity=0.6 inputs=equal}", NO_DATA)
+    result = apply(program, "dimap{sparsity=0.6}", NO_DATA)
     gone, left, total, lost = [0.0], [1.0], 0, 0
     for name in set().union(*module_names(program).values()):
         before, after = program.weights.get(name).flatten(), result.program.weights.get(name).flatten()
@@ -79,59 +78,6 @@ def test_modules_share_one_threshold() -> None:
     assert lost == round(0.6 * total)
     sparsity = result.results[0].summary["sparsity"]
     assert sparsity["mlp"] > sparsity["qkv"] + 0.02
-
-
-def zeros_of(program: Program, text: str) -> dict[str, torch.Tensor]:
-    after = apply(program, text, NO_DATA).program
-    return {n: after.weights.get(n) == 0 for group in module_names(program).values() for n in group}
-
-
-def test_gains_of_norms_may_stand_in_the_norm_or_in_the_weights_behind_it() -> None:
-    """The same function, stored in two ways, loses the same weights; compared by their own size it does not."""
-    _, program = models.captured("llama-mha")
-    generator = torch.Generator().manual_seed(0)
-    apart, together = {}, {}
-    for i in (0, 1):
-        for norm, readers in (
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ):
-            name = f"model.layers.{i}.{norm}.weight"
-            gain = torch.exp2(torch.randint(-4, 5, program.weights.meta(name).shape, generator=generator).float())
-            apart[name], together[name] = gain, torch.ones_like(gain)
-            for reader in readers:
-                weight = program.weights.get(f"model.layers.{i}.{reader}.weight")
-                together[f"model.layers.{i}.{reader}.weight"] = weight * gain
-    one, other = with_weights(program, apart), with_weights(program, together)
-    for granularity in ("split", "fused"):
-        text = f"dimap{{sparsity=0.5 granularity={granularity}}}"
-        first, second = zeros_of(one, text), zeros_of(other, text)
-        assert all(torch.equal(first[n], second[n]) for n in first)
-        first, second = (zeros_of(p, text.replace("}", " inputs=equal}")) for p in (one, other))
-        assert not all(torch.equal(first[n], second[n]) for n in first)
-
-
-@pytest.mark.parametrize("family", ["swin", "llama", "gpt2", "bert", "mixtral"])
-def test_noise_tells_the_size_of_every_input(family: str) -> None:
-    """It is known for every matrix that is ranked, and the noise is always the same."""
-    _, program = models.captured(family)
-    sizes, again = input_sizes(program), input_sizes(program)
-    for name in set().union(*module_names(program).values()):
-        assert torch.equal(sizes[name], again[name])
-        assert float(sizes[name].min()) > 0
-        torch.broadcast_shapes(sizes[name].shape, program.weights.meta(name).shape)
-
-
-def test_weights_that_read_a_silent_channel_go_first() -> None:
-    _, program = models.captured("swin")
-    norm = next(n for n in program.weight_names if n.endswith("layernorm_after.weight"))
-    gain = program.weights.get(norm)
-    gain[3] = 0
-    silent = with_weights(program, {norm: gain, norm.replace("weight", "bias"): torch.zeros_like(gain)})
-    zeros = zeros_of(silent, "dimap{sparsity=0.1}")
-    fc1 = next(n for n in zeros if n.endswith("fc1.weight") and n.startswith(norm.rpartition(".layernorm_after")[0]))
-    assert bool(zeros[fc1][:, 3].all())
-    assert float(zeros[fc1].float().mean()) < 0.5
 
 
 def test_a_module_with_its_own_share_is_ranked_alone() -> None:
