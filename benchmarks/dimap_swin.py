@@ -49,8 +49,8 @@ def build(seed: int, width: int) -> SwinForImageClassification:
     """
     torch.manual_seed(seed)
     config = SwinConfig(
-        image_size=SIZE, patch_size=4, num_channels=1, embed_dim=width, depths=[2, 2], num_heads=[width // 8, width // 4], window_size=4,
-        num_labels=10, drop_path_rate=0.0,
+        image_size=SIZE, patch_size=4, num_channels=1, embed_dim=width, depths=[2, 2],
+        num_heads=[width // 8, width // 4], window_size=4, num_labels=10, drop_path_rate=0.0,
     )  # fmt: skip
     model = SwinForImageClassification(config)
     for module in model.modules():
@@ -165,7 +165,9 @@ def main() -> None:
         "--data", type=Path, help="npz of images [n, 28, 28] and labels; scikit-learn's digits if absent"
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7])
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage; the second has twice as many")
+    parser.add_argument(
+        "--width", type=int, default=16, help="channels of the first stage; the second has twice as many"
+    )
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
