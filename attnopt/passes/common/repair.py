@@ -24,7 +24,7 @@ from attnopt.progress import bar
 from attnopt.rewriter.edit import Editor
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import exact_products, quick_products
+from attnopt.rewriter.precision import quick_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 from attnopt.rewriter.weights import Value, evaluate
@@ -176,8 +176,7 @@ class _LayerRepair:
         for place, batch in enumerate(self.student.batches):
             z, target, weight = self._features(batch), *self._target(place)
             if not batch.held_out:
-                with exact_products():
-                    fit.add(z, target, weight)
+                fit.add(z, target, weight)
             kept.append(z)
             targets.append(target)
             importance.append(weight)

@@ -43,10 +43,11 @@ class OutputFit:
         """
         z, wanted = features.flatten(0, -2), target.flatten(0, -2)
         z = torch.cat([z, z.new_ones(z.shape[0], 1)], 1)
-        error = wanted - z @ torch.cat([self.weight, self.bias[None]]).to(z.dtype)
         each = weights.flatten()[:, None].to(z.dtype)
-        self._gram += ((z * each).T @ z).double()
-        self._cross += ((z * each).T @ error).double()
+        with exact_products():
+            error = wanted - z @ torch.cat([self.weight, self.bias[None]]).to(z.dtype)
+            self._gram += ((z * each).T @ z).double()
+            self._cross += ((z * each).T @ error).double()
         self._square += float((each * error**2).sum())
         self._size += float((each * wanted**2).sum())
 

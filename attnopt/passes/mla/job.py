@@ -16,7 +16,7 @@ from attnopt.passes.common.stream import Batch, Stream
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look
-from attnopt.passes.mla.refit import OutputRidge, Window, refit
+from attnopt.passes.mla.refit import Window, output_fit, refit, with_output
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.splice import Shape, splice
 from attnopt.passes.mla.statistics import LayerStatistics
@@ -257,12 +257,12 @@ class _LayerJob:
 
     def _ridge(self, layer: LatentLayer) -> LatentLayer:
         """Refit the output projection to the targets."""
-        ridge = OutputRidge(layer)
+        fit = output_fit(layer)
         for place, batch in enumerate(self.stream.batches):
             if not batch.held_out:
                 self.mixed[place] = layer.mixed(self.source, self._input(batch))
-                ridge.add(self.mixed[place], self._target(place), self.weights[place])
-        return ridge.solve()
+                fit.add(self.mixed[place], self._target(place), self.weights[place])
+        return with_output(layer, fit)
 
     def _refit(self, layer: LatentLayer, record: dict[str, Any]) -> LatentLayer:
         """Fit all weights to the source layer's output on the converted model's stream.

@@ -14,57 +14,25 @@ import torch
 from torch import Tensor
 
 from attnopt.passes.common import refit as fitting
+from attnopt.passes.common.ridge import OutputFit
 from attnopt.passes.mla.layer import LatentLayer
 from attnopt.passes.mla.source_layer import SourceLayer
-from attnopt.rewriter import parallel
-from attnopt.rewriter.precision import exact_products
+
+#: Pull of the output projection to the source's, as a share of the mean square of its inputs (docs/mla.md has figures).
+OUTPUT_PULL = 0.1
 
 
-class OutputRidge:
-    """Ridge regression of the output projection, pulled to the one it has: min ||T - Z W^T - b||^2 + mu ||W - W0||^2.
+def output_fit(layer: LatentLayer) -> OutputFit:
+    """The least-squares fit of a layer's output projection: give it what `mixed` gives and what the layer should."""
+    return OutputFit(layer.w_o.T, layer.b_o)
 
-    Streams windows: `add` them, then `solve`.
 
-    Args:
-        layer: whose output projection is refitted.
-    """
-
-    def __init__(self, layer: LatentLayer) -> None:
-        width = layer.w_o.shape[1] + 1
-        self.layer = layer
-        self._gram = torch.zeros(width, width, dtype=torch.float64)
-        self._cross = torch.zeros(width, layer.w_o.shape[0], dtype=torch.float64)
-
-    def add(self, mixed: Tensor, target: Tensor, weights: Tensor) -> None:
-        """Add windows.
-
-        Args:
-            mixed: heads' outputs [B, S, H d_v].
-            target: what the layer should give, [B, S, D].
-            weights: token weights [B, S].
-        """
-        error = (target - self.layer.project(mixed)).flatten(0, 1)
-        inputs = torch.cat([mixed.flatten(0, 1), torch.ones(mixed.shape[0] * mixed.shape[1], 1).to(mixed)], 1)
-        scaled = inputs * weights.flatten()[:, None].to(mixed.dtype)
-        with exact_products():
-            self._gram += (scaled.T @ inputs).double()
-            self._cross += (scaled.T @ error).double()
-
-    def solve(self, strength: float = 0.1) -> LatentLayer:
-        """The layer with its new output projection and bias.
-
-        Args:
-            strength: ridge as a share of the mean square of the inputs.
-        """
-        parallel.add_up(self._gram, self._cross)
-        gram = (self._gram + self._gram.T) / 2
-        ridge = torch.full((gram.shape[0],), strength, dtype=torch.float64) * gram.diagonal()[:-1].mean()
-        ridge[-1] = 1e-9 * gram[-1, -1]  # the bias is not pulled
-        change = torch.linalg.solve(gram + torch.diag(ridge.clamp(min=1e-300)), self._cross).T
-        dtype = self.layer.w_o.dtype
-        w_o = (self.layer.w_o.double() + change[:, :-1]).to(dtype)
-        b_o = (self.layer.b_o.double() + change[:, -1]).to(dtype)
-        return self.layer.with_tensors({"w_o": w_o, "b_o": b_o})
+def with_output(layer: LatentLayer, fit: OutputFit, strength: float = OUTPUT_PULL) -> LatentLayer:
+    """The layer with the output projection and bias that a fit on all processes' text finds."""
+    fit.add_up()
+    weight, bias = fit.solve(strength=strength)
+    dtype = layer.w_o.dtype
+    return layer.with_tensors({"w_o": weight.T.contiguous().to(dtype), "b_o": bias.to(dtype)})
 
 
 @dataclass(frozen=True)

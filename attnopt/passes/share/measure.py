@@ -16,7 +16,6 @@ from attnopt.passes.share.align import align_heads, attention_rows, consumer_ord
 from attnopt.rewriter.interpret import LayerRunner, LoadedSegment
 from attnopt.rewriter.ops.attention import attention_reference
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import exact_products
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
@@ -128,8 +127,7 @@ class _Consumer:
             self.own.operands, source.operands, self.outputs, self.importance, strict=True
         ):
             context = self._context(mine, theirs, order, edge).flatten(-2)
-            with exact_products():
-                fit.add(context, y, each)
+            fit.add(context, y, each)
         repaired = fit.error(*fit.solve())
         size = sum(
             float((w[..., None] * y.float() ** 2).sum()) for w, y in zip(self.importance, self.outputs, strict=True)

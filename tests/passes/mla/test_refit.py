@@ -12,7 +12,7 @@ from torch import Tensor
 from attnopt.passes.common import refit as fitting
 from attnopt.passes.mla import refit as module
 from attnopt.passes.mla.layer import LatentLayer, closed_form
-from attnopt.passes.mla.refit import OutputRidge, Window, refit
+from attnopt.passes.mla.refit import Window, output_fit, refit, with_output
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import SourceLayer
 from tests.passes.mla.layers import relative, source, statistics, text, weights_of
@@ -40,10 +40,10 @@ def test_ridge_is_the_weighted_least_squares_solution() -> None:
     start = small(layer)
     x = text(layer, batch=8)
     weights = weights_of(x).double()
-    ridge = OutputRidge(start)
-    ridge.add(start.mixed(layer, x[:3]), layer.attend(x[:3]), weights[:3])
-    ridge.add(start.mixed(layer, x[3:]), layer.attend(x[3:]), weights[3:])
-    solved = ridge.solve(strength=1e-12)
+    fit = output_fit(start)
+    fit.add(start.mixed(layer, x[:3]), layer.attend(x[:3]), weights[:3])
+    fit.add(start.mixed(layer, x[3:]), layer.attend(x[3:]), weights[3:])
+    solved = with_output(start, fit, 1e-12)
     inputs = torch.cat([start.mixed(layer, x).flatten(0, 1), torch.ones(8 * 48, 1, dtype=torch.float64)], 1)
     root = weights.flatten().sqrt()[:, None]
     # Values that come from a narrow latent determine less than the whole projection: directions that are only rounding
@@ -56,20 +56,20 @@ def test_strong_ridge_leaves_the_projection_alone() -> None:
     layer = source()
     start = small(layer)
     x = text(layer)
-    ridge = OutputRidge(start)
-    ridge.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
-    assert relative(ridge.solve(strength=1e9).w_o, start.w_o) < 1e-6
-    assert relative(ridge.solve(strength=1e-2).w_o, start.w_o) > 1e-3
+    fit = output_fit(start)
+    fit.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
+    assert relative(with_output(start, fit, 1e9).w_o, start.w_o) < 1e-6
+    assert relative(with_output(start, fit, 1e-2).w_o, start.w_o) > 1e-3
 
 
 def test_ridge_helps_on_other_text() -> None:
     layer = source()
     start = small(layer)
-    ridge = OutputRidge(start)
+    fit = output_fit(start)
     x = text(layer, batch=24)
-    ridge.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
+    fit.add(start.mixed(layer, x), layer.attend(x), weights_of(x))
     held_out = examples(layer, 50, 2)
-    assert error_of(ridge.solve(), layer, held_out) < error_of(start, layer, held_out)
+    assert error_of(with_output(start, fit), layer, held_out) < error_of(start, layer, held_out)
 
 
 @pytest.mark.parametrize("form", ["plain", "bias", "norms"])
