@@ -5,8 +5,9 @@
 
 Four fifths of the digits train, one fifth judges. Arms per seed and sparsity: the dense model, DIMAP (zeros), DIMAP as
 in the paper (modules lose the same share, queries, keys and values rank as one matrix), global magnitude (one ranking
-of all prunable weights), uniform magnitude (as many of each matrix), and DIMAP with heads and channels removed for
-good. Prints JSON.
+of all prunable weights), uniform magnitude (as many of each matrix), DIMAP with heads and channels removed for good,
+and, to see what is missing for want of data, DIMAP on weights times the size of their inputs on training images
+(Wanda's score, arXiv 2306.11695). Prints JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from transformers import SwinConfig, SwinForImageClassification
 
@@ -106,6 +108,52 @@ def magnitude(program: Any, sparsity: float, uniform: bool) -> Any:
     return program.replace(weights=program.weights.with_values(result))
 
 
+def seeing(program: Any, model: SwinForImageClassification, images: Tensor, sparsity: float) -> Any:
+    """The program with zeros as DIMAP sets them, of weights times the root mean square of what they multiply."""
+    from attnopt.passes.dimap.lamp import exact_count, kept_counts
+    from attnopt.passes.dimap.modules import ranked_layers
+    from attnopt.rewriter.weights import Inline
+
+    sizes: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        sizes[f"{name}.weight"] = x.flatten(0, -2).square().mean(0).sqrt()
+
+    hooks = [
+        module.register_forward_hook(lambda _, given, __, name=name: keep(name, given[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(pixel_values=images)
+    for hook in hooks:
+        hook.remove()
+    values = {n: program.weights.get(n) for one in ranked_layers(program, "split") for n in one.weights}
+    scaled = {name: (value * sizes[name]).abs().flatten() for name, value in values.items()}
+    total = sum(value.numel() for value in values.values())
+    counts = kept_counts([lambda v=v: v for v in scaled.values()], exact_count(total, sparsity))
+    result = {}
+    for (name, value), count in zip(values.items(), counts, strict=True):
+        kept = torch.zeros(value.numel(), dtype=torch.bool)
+        kept[scaled[name].topk(count).indices] = True
+        result[name] = Inline(torch.where(kept.view_as(value), value, torch.zeros_like(value)))
+    return program.replace(weights=program.weights.with_values(result))
+
+
+def trained(arguments: argparse.Namespace, seed: int, images: Tensor, labels: Tensor) -> SwinForImageClassification:
+    """A model trained now, or by an earlier run with the same --keep."""
+    model = build(seed, arguments.width)
+    path = arguments.keep and arguments.keep / f"swin-{arguments.width}-{arguments.epochs}-{seed}.safetensors"
+    if path and path.exists():
+        load_model(model, path)
+        return model.eval()
+    train(model, images, labels, arguments.epochs, seed)
+    if path:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+        save_model(model, path)
+    return model
+
+
 def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Train one model and prune it in every way."""
     from attnopt.passes.registry import REGISTRY
@@ -116,9 +164,8 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     images, labels = digits(arguments.data)
     test = slice(0, len(images) // 5)
-    model = build(seed, arguments.width)
     began = time.perf_counter()
-    train(model, images[len(images) // 5 :], labels[len(images) // 5 :], arguments.epochs, seed)
+    model = trained(arguments, seed, images[len(images) // 5 :], labels[len(images) // 5 :])
     seconds = time.perf_counter() - began
     program = capture_module(model)
 
@@ -138,6 +185,7 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             "global_magnitude": judged(magnitude(program, sparsity, uniform=False)),
             "uniform_magnitude": judged(magnitude(program, sparsity, uniform=True)),
             "dimap_structured": judged(removed),
+            "dimap_seeing": judged(seeing(program, model, images[len(images) // 5 :][:500], sparsity)),
         }
         rows.append(
             {
@@ -170,6 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="folder to keep trained models in, and to take them from")
     arguments = parser.parse_args()
     rows = [one_seed(arguments, seed) for seed in range(arguments.seeds)]
     document = {
