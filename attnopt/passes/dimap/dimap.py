@@ -58,7 +58,9 @@ class Dimap(Pass):
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
         """Which layers are touched; how much each loses is decided from its weights."""
         what = "structured" if self.structured else "zeros"
-        edit = {"kind": what, "shares": self.shares, **{module: self._ratio(module) for module in MODULES}}
+        edit = {"kind": what, **{module: self._ratio(module) for module in MODULES}}
+        if not self.structured:  # heads and channels have thresholds of their own
+            edit["shares"] = self.shares
         sites = [site.fqn for site in program.site_list]
         if self.structured:
             touched = {site.fqn for site in self._prunable(program)} | {m.site for m in _whole(find_mlps(program))}
