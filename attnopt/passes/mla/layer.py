@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.passes.mla.lowrank import Block, fit
-from attnopt.passes.mla.slots import Slots, left_by, normalised, phase_coefficients, slot_energies, take_slots
+from attnopt.passes.mla.slots import Slots, left_by, normalised, phase_coefficients, take_slots
 from attnopt.passes.mla.source_layer import SourceLayer, causal_attention, turns
 from attnopt.passes.mla.statistics import LayerStatistics
 
@@ -162,6 +162,7 @@ def closed_form(
     blocks = closed_form_blocks(stats, slots, phases)
     query, query_bias = _queries(layer, phases, slots)
     rope = _interleave(slots.encoder)
+    energies = slots.energies
     del slots  # what they leave of the keys is in the blocks; it is large, and the fit needs the room
     low = fit(blocks, moments_of(stats), common_moment(stats), rank, sweeps)
     groups, group = layer.groups, layer.group_of
@@ -192,7 +193,6 @@ def closed_form(
         inv_freq=layer.inv_freq[sorted(table)],
     )
     share = low.loss / low.total if low.total > 0 else 0.0
-    energies = slot_energies(stats)
     return result, Predicted(left_by(energies, table), low.loss, share, float(energies.sum()) + low.total)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +31,14 @@ class Slots:
         encoder: [s, p] complex, z = encoder u.
         decoder: [s, G] complex, pair f of head g is approximated by decoder[., g] z.
         residual: [G, F, p] complex, what the slots leave of the pairs.
+        energies: as `slot_energies` of the layer.
     """
 
     table: tuple[int, ...]
     encoder: Tensor
     decoder: Tensor
     residual: Tensor
+    energies: Tensor
 
 
 def phase_coefficients(stats: LayerStatistics) -> Tensor:
@@ -119,7 +121,8 @@ def take_slots(stats: LayerStatistics, table: Sequence[int]) -> Slots:
         stats: the layer's statistics.
         table: frequency index of each slot; one that occurs m times gets the m largest components.
     """
-    _, vectors, omega = _spectra(stats)
+    values, vectors, omega = _spectra(stats)
+    energies = values.flip(-1)
     pairs = pair_rows(stats.layer)
     residual = pairs.clone()
     encoders, decoders = [], []
@@ -132,8 +135,8 @@ def take_slots(stats: LayerStatistics, table: Sequence[int]) -> Slots:
             decoders.append(decoder)
     size = stats.layer.input_width
     if not encoders:
-        return Slots((), torch.zeros(0, size, dtype=torch.complex128), _no_decoders(stats), residual)
-    return Slots(tuple(sorted(table)), torch.stack(encoders), torch.stack(decoders), residual)
+        return Slots((), torch.zeros(0, size, dtype=torch.complex128), _no_decoders(stats), residual, energies)
+    return Slots(tuple(sorted(table)), torch.stack(encoders), torch.stack(decoders), residual, energies)
 
 
 def _no_decoders(stats: LayerStatistics) -> Tensor:
@@ -153,4 +156,4 @@ def normalised(slots: Slots, stats: LayerStatistics) -> Slots:
         return slots
     energy = (_times(slots.encoder, _key_moment(stats)) * slots.encoder.conj()).real.sum(1)
     power = energy.clamp(min=1e-300).sqrt()
-    return Slots(slots.table, slots.encoder / power[:, None], slots.decoder * power[:, None], slots.residual)
+    return replace(slots, encoder=slots.encoder / power[:, None], decoder=slots.decoder * power[:, None])
