@@ -164,7 +164,8 @@ def closed_form(
     rope = _interleave(slots.encoder)
     energies = slots.energies
     del slots  # what they leave of the keys is in the blocks; it is large, and the fit needs the room
-    low = fit(blocks, moments_of(stats), common_moment(stats), rank, sweeps)
+    moments = moments_of(stats)
+    low = fit(blocks, moments, common_moment(moments), rank, sweeps)
     groups, group = layer.groups, layer.group_of
     w_uk, w_uv = torch.stack(low.decoders[:groups])[group], torch.stack(low.decoders[groups:])[group]
 
@@ -230,9 +231,9 @@ def _per_group(layer: SourceLayer, per_head: Tensor) -> Tensor:
     return result.index_add_(0, layer.group_of, per_head)
 
 
-def common_moment(stats: LayerStatistics) -> Tensor:
-    """One second moment between those of keys and values, each with equal weight."""
-    parts = [stats.keys.covariance().mean(0), stats.values.covariance().mean(0)]
+def common_moment(moments: Tensor) -> Tensor:
+    """One second moment between those of keys and values, each with equal weight; of `moments_of`."""
+    parts = [part.mean(0) for part in moments.chunk(2)]
     return sum((part / part.diagonal().mean().clamp(min=1e-300) for part in parts), torch.zeros_like(parts[0])) / 2
 
 

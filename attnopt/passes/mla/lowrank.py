@@ -55,7 +55,7 @@ def factor(moment: Tensor) -> Tensor:
     """F with F Fᵀ = C for a positive semidefinite matrix, up to a change of C by `_RIDGE` of its trace."""
     ridge = _RIDGE * float(moment.diagonal().sum())
     lower, failed = torch.linalg.cholesky_ex(moment + ridge * torch.eye(len(moment), dtype=moment.dtype))
-    if ridge and not int(failed):
+    if not int(failed):
         return lower
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
     return vectors * values.clamp(min=max(ridge, 1e-300)).sqrt()
@@ -108,15 +108,12 @@ def _fixed_signs(encoder: Tensor) -> Tensor:
 
 def decode(blocks: Sequence[Block], moments: Tensor, encoder: Tensor) -> tuple[Tensor, ...]:
     """The best U_b = A_b C_b Eᵀ (E C_b Eᵀ)⁺ for an encoder; S_b does not matter."""
-    inverses = {}
+    regressions = {}
     for cls in {block.cls for block in blocks}:
         crossed = moments[cls] @ encoder.mT
         gram = encoder @ crossed
-        values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-        alive = values > 1e-12 * values[-1].clamp(min=1e-300)
-        scaled = vectors * torch.where(alive, 1 / values.clamp(min=1e-300), 0.0)
-        inverses[cls] = crossed @ (scaled @ vectors.mT)
-    return tuple(block.rows @ inverses[block.cls] for block in blocks)
+        regressions[cls] = crossed @ torch.linalg.pinv((gram + gram.mT) / 2, rtol=1e-12, hermitian=True)
+    return tuple(block.rows @ regressions[block.cls] for block in blocks)
 
 
 def loss_of(blocks: Sequence[Block], moments: Tensor, encoder: Tensor, decoders: Sequence[Tensor]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnopt.passes.common.stream import token_weights
 from attnopt.passes.mla.budget import ROPE_SHARES, kept_numbers, turning_pairs
-from attnopt.passes.mla.layer import closed_form_blocks, common_moment
+from attnopt.passes.mla.layer import closed_form_blocks, common_moment, moments_of
 from attnopt.passes.mla.lowrank import Block, joint
 from attnopt.passes.mla.slots import choose_table, normalised, phase_coefficients, slot_energies, take_slots
 from attnopt.passes.mla.source_layer import read_source
@@ -90,7 +90,7 @@ class Spectra(SiteMetric):
         return closed_form_blocks(self.statistics, slots, phase_coefficients(self.statistics))
 
     def _left(self, blocks: list[Block]) -> Tensor:
-        _, values = joint(blocks, common_moment(self.statistics), 1)
+        _, values = joint(blocks, common_moment(moments_of(self.statistics)), 1)
         total = values.sum().clamp(min=1e-300)
         left = (1 - values.cumsum(0) / total).clamp(min=0)
         return torch.cat([torch.ones(1, dtype=left.dtype), left])

@@ -24,6 +24,9 @@ from attnopt.passes.mla.source_layer import SourceLayer
 from attnopt.rewriter import parallel
 from attnopt.rewriter.precision import exact_products
 
+#: Vectors that are added to a moment in one product, at most.
+VECTORS_AT_ONCE = 2048
+
 
 class Moment:
     """Weighted second moments of vectors, one per class, with means and weights.
@@ -95,10 +98,6 @@ class Moment:
         return (result + result.mT).div_(2)
 
 
-#: Vectors that are added to a moment in one product, at most.
-VECTORS_AT_ONCE = 2048
-
-
 @dataclass(frozen=True)
 class _Window:
     """One window's attention, for the sampled queries."""
@@ -135,6 +134,7 @@ class LayerStatistics:
         self.layer = layer
         self.stride = stride
         self.class_of = torch.zeros(layer.groups, dtype=torch.long) if pooled else torch.arange(layer.groups)
+        self._class_of_head = self.class_of.to(layer.group_of)[layer.group_of]
         self.queries = torch.zeros(heads, d, d, dtype=torch.float64)
         self.phase = torch.zeros(heads, d // 2, dtype=torch.complex128)
         self.phase_weight = torch.zeros(heads, dtype=torch.float64)
@@ -167,8 +167,7 @@ class LayerStatistics:
         layer = self.layer
         keys, values = layer.keys(x[:, None]), layer.values(x[:, None])
         inputs = layer.encoder_input(x[:, None], keys, values)[:, 0]
-        heads = torch.bincount(self.class_of.to(layer.group_of)[layer.group_of])
-        for of, count in enumerate(heads.tolist()):
+        for of, count in enumerate(torch.bincount(self._class_of_head).tolist()):
             self.values.add(of, inputs, weights * count)
         self.input_mean += (weights.to(x.dtype) @ inputs).double()
         self.input_weight += weights.double().sum()
@@ -246,15 +245,13 @@ class LayerStatistics:
         pairs = layer.d // 2
         at, _ = self._sampled(length, self._place(length))
         self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)
-        class_of_head = self.class_of.to(layer.group_of)[layer.group_of]
         for of in range(len(self.keys.weight)):
-            self.keys.add(of, window.inputs, by_key[class_of_head == of].sum(0))
+            self.keys.add(of, window.inputs, by_key[self._class_of_head == of].sum(0))
 
     def _add_values(self, window: _Window) -> None:
-        class_of_head = self.class_of.to(self.layer.group_of)[self.layer.group_of]
         # Several heads at once: adding to a moment costs as much as multiplying a few hundred vectors.
         at_once = max(1, VECTORS_AT_ONCE // window.attention.shape[1])
         for of in range(len(self.values.weight)):
-            for heads in (class_of_head == of).nonzero()[:, 0].split(at_once):
+            for heads in (self._class_of_head == of).nonzero()[:, 0].split(at_once):
                 averages = (window.attention[heads] @ window.inputs).flatten(0, 1)
                 self.values.add(of, averages, window.weights.repeat(len(heads)))
