@@ -23,13 +23,14 @@ SHAPES = {"tiny": (2, 256, 512, 8, 2), "1.1b": (22, 2048, 5632, 32, 4), "7b": (3
 VOCABULARY = 32000
 
 
-def write_model(folder: Path, shape: str, seed: int) -> int:
-    """Write a random bf16 model, one shard per layer, and return its size in bytes."""
+def write_model(folder: Path, shape: str, layers: int | None, seed: int) -> int:
+    """Write a random bf16 model of a shape, or of fewer layers, one shard per layer; returns its size in bytes."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    layers, hidden, intermediate, heads, kv_heads = SHAPES[shape]
+    all_layers, hidden, intermediate, heads, kv_heads = SHAPES[shape]
+    layers = layers or all_layers
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -102,6 +103,7 @@ def write_text(folder: Path, words: int, seed: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has: a layer's peak does not need all")
     parser.add_argument("--calib-tokens", type=int, default=8192)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--kv-lora-rank", type=int, help="by default half the cache, less the rotary key")
@@ -111,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="attnopt-memory-", dir=arguments.workdir))
     try:
-        size = write_model(folder / "model", arguments.shape, arguments.seed)
+        size = write_model(folder / "model", arguments.shape, arguments.layers, arguments.seed)
         text = write_text(folder / "model", arguments.calib_tokens + arguments.context, arguments.seed)
         _, hidden, _, heads, kv_heads = SHAPES[arguments.shape]
         rank = arguments.kv_lora_rank or hidden // heads * kv_heads - arguments.qk_rope_head_dim
@@ -125,6 +127,7 @@ def main() -> None:
         result = json.loads(done.stdout)
         report = {
             "shape": arguments.shape,
+            "layers": arguments.layers or SHAPES[arguments.shape][0],
             "bytes_on_disk": size,
             "calib_tokens": arguments.calib_tokens,
             "cached_numbers_per_token": result["cached_numbers_per_token"],

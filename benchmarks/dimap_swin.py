@@ -44,6 +44,11 @@ def digits(data: Path | None) -> tuple[Tensor, Tensor]:
     return images * 2 - 1, labels
 
 
+def named(data: Path | None) -> str:
+    """What the digits are called."""
+    return data.stem if data else "scikit-learn digits"
+
+
 def build(seed: int, width: int) -> SwinForImageClassification:
     """A Swin of two stages with shifted windows; linear maps start as PyTorch draws them, the wider the smaller.
 
@@ -88,14 +93,19 @@ def accuracy(outputs: Any, images: Tensor, labels: Tensor) -> float:
     return float(torch.cat(right).float().mean())
 
 
+def prunable(program: Any) -> dict[str, Tensor]:
+    """The weights that DIMAP ranks, by name."""
+    from attnopt.passes.dimap.modules import ranked_layers
+
+    return {n: program.weights.get(n) for one in ranked_layers(program, "split") for n in one.weights}
+
+
 def magnitude(program: Any, sparsity: float, uniform: bool) -> Any:
     """The program with its smallest prunable weights zero: of all together, or of each matrix."""
     from attnopt.passes.dimap.lamp import exact_count, keep_largest
-    from attnopt.passes.dimap.modules import ranked_layers
     from attnopt.rewriter.weights import Inline
 
-    names = [name for one in ranked_layers(program, "split") for name in one.weights]
-    values = {name: program.weights.get(name) for name in names}
+    values = prunable(program)
     if not uniform:
         every = torch.cat([value.abs().flatten() for value in values.values()])
         threshold = every.sort(descending=True).values[exact_count(len(every), sparsity) - 1]
@@ -108,12 +118,8 @@ def magnitude(program: Any, sparsity: float, uniform: bool) -> Any:
     return program.replace(weights=program.weights.with_values(result))
 
 
-def seeing(program: Any, model: SwinForImageClassification, images: Tensor, sparsity: float) -> Any:
-    """The program with zeros as DIMAP sets them, of weights times the root mean square of what they multiply."""
-    from attnopt.passes.dimap.lamp import exact_count, kept_counts
-    from attnopt.passes.dimap.modules import ranked_layers
-    from attnopt.rewriter.weights import Inline
-
+def input_sizes(model: SwinForImageClassification, images: Tensor) -> dict[str, Tensor]:
+    """Root mean square of what each column of a linear map multiplies, by the name of the map's weight."""
     sizes: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:
@@ -128,30 +134,42 @@ def seeing(program: Any, model: SwinForImageClassification, images: Tensor, spar
         model(pixel_values=images)
     for hook in hooks:
         hook.remove()
-    values = {n: program.weights.get(n) for one in ranked_layers(program, "split") for n in one.weights}
-    scaled = {name: (value * sizes[name]).abs().flatten() for name, value in values.items()}
+    return sizes
+
+
+def seeing(program: Any, sizes: dict[str, Tensor], sparsity: float) -> Any:
+    """The program with zeros as DIMAP sets them, of weights times the size of what they multiply."""
+    from attnopt.passes.dimap.lamp import exact_count, keep_largest, kept_counts
+    from attnopt.rewriter.weights import Inline
+
+    values = prunable(program)
+    scaled = {name: value * sizes[name] for name, value in values.items()}
     total = sum(value.numel() for value in values.values())
-    counts = kept_counts([lambda v=v: v for v in scaled.values()], exact_count(total, sparsity))
+    counts = kept_counts([lambda v=v: v.abs().flatten() for v in scaled.values()], exact_count(total, sparsity))
     result = {}
     for (name, value), count in zip(values.items(), counts, strict=True):
-        kept = torch.zeros(value.numel(), dtype=torch.bool)
-        kept[scaled[name].topk(count).indices] = True
-        result[name] = Inline(torch.where(kept.view_as(value), value, torch.zeros_like(value)))
+        kept = keep_largest(scaled[name], counts=(count,)) != 0
+        result[name] = Inline(torch.where(kept, value, torch.zeros_like(value)))
     return program.replace(weights=program.weights.with_values(result))
 
 
-def trained(arguments: argparse.Namespace, seed: int, images: Tensor, labels: Tensor) -> SwinForImageClassification:
-    """A model trained now, or by an earlier run with the same --keep."""
+def trained(
+    arguments: argparse.Namespace, seed: int, images: Tensor, labels: Tensor
+) -> tuple[SwinForImageClassification, float | None]:
+    """A model and the seconds its training took, or None if an earlier run with the same --keep trained it."""
     model = build(seed, arguments.width)
-    path = arguments.keep and arguments.keep / f"swin-{arguments.width}-{arguments.epochs}-{seed}.safetensors"
+    name = f"swin-{named(arguments.data).replace(' ', '-')}-{arguments.width}-{arguments.epochs}-{seed}.safetensors"
+    path = arguments.keep and arguments.keep / name
     if path and path.exists():
         load_model(model, path)
-        return model.eval()
+        return model.eval(), None
+    began = time.perf_counter()
     train(model, images, labels, arguments.epochs, seed)
+    seconds = round(time.perf_counter() - began, 1)
     if path:
         arguments.keep.mkdir(parents=True, exist_ok=True)
         save_model(model, path)
-    return model
+    return model, seconds
 
 
 def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -163,10 +181,9 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     from attnopt.rewriter.pipeline import Pipeline
 
     images, labels = digits(arguments.data)
-    test = slice(0, len(images) // 5)
-    began = time.perf_counter()
-    model = trained(arguments, seed, images[len(images) // 5 :], labels[len(images) // 5 :])
-    seconds = time.perf_counter() - began
+    test, rest = slice(0, len(images) // 5), slice(len(images) // 5, None)
+    model, seconds = trained(arguments, seed, images[rest], labels[rest])
+    sizes = input_sizes(model, images[rest][:500])
     program = capture_module(model)
 
     def judged(changed: Any) -> float:
@@ -185,7 +202,7 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             "global_magnitude": judged(magnitude(program, sparsity, uniform=False)),
             "uniform_magnitude": judged(magnitude(program, sparsity, uniform=True)),
             "dimap_structured": judged(removed),
-            "dimap_seeing": judged(seeing(program, model, images[len(images) // 5 :][:500], sparsity)),
+            "dimap_seeing": judged(seeing(program, sizes, sparsity)),
         }
         rows.append(
             {
@@ -196,7 +213,7 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             }
         )
     print(json.dumps({"seed": seed, "dense": dense, "rows": rows}), file=sys.stderr, flush=True)
-    return {"seed": seed, "dense_accuracy": dense, "training_seconds": round(seconds, 1), "sparsities": rows}
+    return {"seed": seed, "dense_accuracy": dense, "training_seconds": seconds, "sparsities": rows}
 
 
 def mean_drop(seeds: list[dict[str, Any]], place: int) -> dict[str, Any]:
@@ -223,7 +240,7 @@ def main() -> None:
     rows = [one_seed(arguments, seed) for seed in range(arguments.seeds)]
     document = {
         "schema": "attnopt.dimap_swin/3",
-        "data": arguments.data.name if arguments.data else "scikit-learn digits",
+        "data": named(arguments.data),
         "width": arguments.width,
         "seeds": rows,
         "means": [mean_drop(rows, place) for place in range(len(arguments.sparsity))],
