@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -212,3 +213,17 @@ def test_half_precision_softmax_runs_in_float32() -> None:
     assert out.dtype == torch.bfloat16
     rounded = attention_reference(*(x.float() for x in low), None, None, 1.0, True, 0, 30.0, None, 0)
     assert (out.float() - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_autocast_attention_of_mixed_types_takes_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 16, 8, generator=generator) for heads in (4, 2, 2))
+    exact = attention_reference(q, k, v, None, None, 0.3, True, 0, 0.0, None, 0)
+    calls = []
+    module = importlib.import_module("attnopt.rewriter.ops.attention")
+    fused = module.fused_attention
+    monkeypatch.setattr(module, "fused_attention", lambda *given: calls.append(1) or fused(*given))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_reference(q, k, v.bfloat16(), None, None, 0.3, True, 0, 0.0, None, 0)
+    assert calls and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)

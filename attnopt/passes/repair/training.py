@@ -22,7 +22,7 @@ from attnopt.passes.repair.student import Head, Model
 from attnopt.progress import bar
 from attnopt.rewriter import parallel
 from attnopt.rewriter.passes import PassContext
-from attnopt.rewriter.precision import quick_products
+from attnopt.rewriter.precision import multiplies_bfloat16, quick_products
 
 Precision = Literal["auto", "float32", "quick", "bfloat16"]
 
@@ -47,8 +47,8 @@ class Settings:
         checks: how often the held-out text is looked at, the end included.
         patience: stop after so many checks without a better result.
         minutes: between two saved states.
-        precision: "float32"; "quick" multiplies 16-bit factors; "bfloat16" runs under autocast; "auto" is quick on
-            processors and bfloat16 on GPUs that have it.
+        precision: "float32"; "quick" multiplies 16-bit factors; "bfloat16" runs under autocast; "auto" is bfloat16 on
+            hardware that multiplies it.
         kind: of the loss.
         seed: of the order of the windows.
     """
@@ -267,7 +267,7 @@ class Training:
     def _precision(self) -> Iterator[None]:
         device, wanted = self.context.device, self.settings.precision
         if wanted == "auto":
-            wanted = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "quick"
+            wanted = "bfloat16" if multiplies_bfloat16(device) else "quick"
         if self.context.dtype != torch.float32:
             wanted = "float32"
         # No cache: it would keep the 16-bit copies of a step's weights until the end of the run.

@@ -125,7 +125,9 @@ def attention_reference(
     repeats = heads // k.shape[1]
     plain = softcap <= 0 and sinks is None
     aligned = q_pos is None and queries == keys and bias is None and window <= 0
-    if plain and aligned and q.dtype == k.dtype == v.dtype:
+    # Autocast brings them to one type; queries and keys come from the rotation in float32 there.
+    alike = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
+    if plain and aligned and alike:
         return fused_attention(q, k, v, causal, scale).transpose(1, 2).contiguous()
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
