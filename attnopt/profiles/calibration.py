@@ -33,10 +33,6 @@ MAX_FILE_BYTES = 16 << 20
 SAMPLING_BATCH = 64
 SAMPLING_CACHE_BYTES = 1 << 30
 
-#: A sampled sequence gets a word drawn from the vocabulary every so many tokens. Left to itself a model keeps to one
-#: subject, and at temperature 1 a small one ends in noise; a foreign word turns it elsewhere (docs/mla.md has figures).
-WORD_EVERY = 64
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -205,7 +201,7 @@ def self_sampled(
     memory_budget: float | None = None,
     reporter: Reporter | None = None,
 ) -> Calibration:
-    """Text that the model writes itself: sampled at temperature 1 from any first word, any word thrown in at times.
+    """Text that the model writes itself: sampled at temperature 1 from any first word.
 
     Nothing has to be downloaded, and the text follows the distribution the model was trained on, chat models' included.
     The sampling runs in bfloat16 where the machine multiplies it natively, else in float32. The same machine, seed and
@@ -253,7 +249,7 @@ class Writer:
     def write(self, count: int, length: int, seed: int, reporter: Reporter | None = None) -> Tensor:
         """Token ids [count, length]; see `sequence_starts` and `sample`."""
         starts = sequence_starts(self.prefix, self.words, count, seed)
-        return sample(self.model, starts, length, seed=seed, words=self.words, reporter=reporter)
+        return sample(self.model, starts, length, seed=seed, reporter=reporter)
 
 
 def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:
@@ -331,15 +327,7 @@ def sequence_starts(prefix: Sequence[int], words: Tensor, count: int, seed: int)
 
 
 @torch.inference_mode()
-def sample(
-    model: Any,
-    prompts: Tensor,
-    length: int,
-    *,
-    seed: int,
-    words: Tensor | None = None,
-    reporter: Reporter | None = None,
-) -> Tensor:
+def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Reporter | None = None) -> Tensor:
     """Sample sequences at temperature 1, side by side.
 
     Args:
@@ -347,8 +335,6 @@ def sample(
         prompts: [count, n] what each sequence begins with.
         length: tokens in each, the prompt included.
         seed: of the random numbers, which are drawn on the CPU.
-        words: ids of which each sequence gets one, drawn uniformly, every `WORD_EVERY` tokens, not all at one place;
-            None leaves the model to itself.
         reporter: told of the tokens sampled.
 
     Returns:
@@ -377,8 +363,6 @@ def sample(
                 )
                 cache, position = step.past_key_values, position + ids.shape[1]
                 ids = _draw(step.logits[:, -1, :vocabulary].float().cpu(), generator)
-                if words is not None:
-                    ids = _interject(ids, position, words, generator)
                 sequence.append(ids)
                 reporter.advance(handle, len(ids))
             rows.append(torch.cat(sequence, dim=1))
@@ -404,10 +388,3 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
         )
     picked = torch.searchsorted(cumulative, torch.rand(len(logits), 1, generator=generator) * total)
     return picked.clamp(max=logits.shape[-1] - 1)
-
-
-def _interject(ids: Tensor, position: int, words: Tensor, generator: torch.Generator) -> Tensor:
-    """The next tokens [B, 1], those of every `WORD_EVERY`-th sequence in turn replaced by any word."""
-    drawn = words[torch.randint(len(words), ids.shape, generator=generator)]
-    due = (torch.arange(len(ids)) + position) % WORD_EVERY == WORD_EVERY - 1
-    return torch.where(due[:, None], drawn, ids)

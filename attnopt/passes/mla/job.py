@@ -19,7 +19,7 @@ from attnopt.passes.mla.probe import Probe, look
 from attnopt.passes.mla.refit import Window, output_fit, refit, with_output
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.splice import Shape, splice
-from attnopt.passes.mla.statistics import LayerStatistics
+from attnopt.passes.mla.statistics import LayerStatistics, stride_for
 from attnopt.passes.mla.weights import from_weights, to_weights
 from attnopt.rewriter import parallel
 from attnopt.rewriter.edit import Editor
@@ -46,7 +46,6 @@ class Settings:
         follow: how far a layer's target leads back to the source model's own hidden state, from 0 (the source layer's
             output on the converted model's state) to 1 (whatever brings the state back to the source's).
         shared_table: one rope table for all layers.
-        stride: of the queries looked at by the statistics.
     """
 
     splits: tuple[Split, ...]
@@ -55,7 +54,6 @@ class Settings:
     epochs: int | None
     follow: float
     shared_table: bool
-    stride: int = 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class Job:
         self.settings = settings
         self.context = context
         self.runner = LayerRunner(program, context.dtype, context.device)
+        self.stride = stride_for(context.calibration.windows)
         self.keep = _kept_type(program, context.dtype)
         self.pooled = _moment_bytes(program.sites[self.sites[0]]) > MOMENT_BYTES
         self.editor = Editor(program, by)
@@ -144,7 +143,7 @@ class Job:
             return Probe(energies, errors)
         probe = look(
             self.runner, self.sites, windows, selection, self.settings.splits,
-            lane=self.settings.lane, stride=self.settings.stride, pooled=self.pooled, keep=self.keep,
+            lane=self.settings.lane, stride=self.stride, pooled=self.pooled, keep=self.keep,
             reporter=self.context.reporter,
         )  # fmt: skip
         rows = [[split.rope, split.rank, error] for split, error in probe.errors.items()]
@@ -198,7 +197,7 @@ class _LayerJob:
 
     def _convert(self, table: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         settings, source = self.job.settings, self.source
-        stats = LayerStatistics(source, settings.stride, self.job.pooled)
+        stats = LayerStatistics(source, self.job.stride, self.job.pooled)
         for batch in self.stream.batches:
             x = self._input(batch)
             output = source.attend(x)

@@ -27,6 +27,10 @@ from attnopt.rewriter.precision import exact_products
 #: Vectors that are added to a moment in one product, at most.
 VECTORS_AT_ONCE = 2048
 
+#: Queries of a text that are looked at where it has them, and those of one window at most: a window's attention is as
+#: large as they are many. Of longer text every `MAX_STRIDE`-th is: time is better spent on other text then.
+QUERIES, WINDOW_QUERIES, MAX_STRIDE = 4096, 256, 8
+
 
 class Moment:
     """Weighted second moments of vectors, one per class, with means and weights.
@@ -109,6 +113,11 @@ class _Window:
     sensitivity: Tensor  # [H, n, S] omega_ij
 
 
+def stride_for(windows: Tensor) -> int:
+    """Every how many queries of calibration windows [n, S] one should be looked at."""
+    return min(MAX_STRIDE, max(1, windows.numel() // QUERIES, windows.shape[1] // WINDOW_QUERIES))
+
+
 class LayerStatistics:
     """What the closed form of one layer needs to know of the text.
 
@@ -127,7 +136,7 @@ class LayerStatistics:
         tokens: how many tokens were seen in windows of more than one.
     """
 
-    def __init__(self, layer: SourceLayer, stride: int = 8, pooled: bool = False) -> None:
+    def __init__(self, layer: SourceLayer, stride: int = MAX_STRIDE, pooled: bool = False) -> None:
         if stride < 1:
             raise ValueError(f"stride must be positive, not {stride}")
         heads, d, classes = layer.heads, layer.d, 1 if pooled else layer.groups
@@ -241,7 +250,8 @@ class LayerStatistics:
         angle = torch.arange(length, dtype=torch.float64, device=omega.device)[:, None] * layer.inv_freq
         turns = torch.polar(torch.ones_like(angle), angle)
         parts = torch.cat([turns.real, turns.imag], 1).to(omega.dtype)
-        summed = (omega @ parts).double()
+        with exact_products():  # a pair that does not turn has phase 1, not nearly 1
+            summed = (omega @ parts).double()
         pairs = layer.d // 2
         at, _ = self._sampled(length, self._place(length))
         self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.passes.common.stream import token_weights
 from attnopt.passes.mla.source_layer import SourceLayer
-from attnopt.passes.mla.statistics import LayerStatistics, Moment
+from attnopt.passes.mla.statistics import LayerStatistics, Moment, stride_for
 from tests.passes.mla.layers import relative, source, statistics, text, weights_of
 
 
@@ -146,3 +146,11 @@ def test_text_that_is_too_short_or_not_finite_is_refused() -> None:
 def test_stride_must_be_positive() -> None:
     with pytest.raises(ValueError, match="positive"):
         LayerStatistics(source(), stride=0)
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "stride"),
+    [(1, 16, 1), (16, 512, 2), (32, 512, 4), (64, 512, 8), (4096, 512, 8), (2, 512, 2), (2, 1024, 4), (1, 8192, 8)],
+)
+def test_short_text_is_looked_at_more_closely(windows: int, length: int, stride: int) -> None:
+    assert stride_for(torch.zeros(windows, length)) == stride
