@@ -102,25 +102,39 @@ def kept_row(
     return row
 
 
-def judged(arguments: argparse.Namespace, rows: list[dict[str, Any]], outs: list[Path]) -> list[dict[str, Any]]:
-    """Rows with the quality of their directories, the original beside, on the second half of the text."""
+def judged(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], outs: list[Path], own_text: Path | None = None
+) -> list[dict[str, Any]]:
+    """Rows with the quality of their directories, the original beside, on the second half of the text.
+
+    Args:
+        arguments: of the benchmark.
+        rows, outs: of the conversions.
+        own_text: text that the original wrote, to judge by as well (`own_text` of the rows).
+    """
     from attnopt.evaluate import Job, ModelSpec, TextSpec, evaluate
 
+    own = () if own_text is None else (TextSpec(str(own_text)),)
     job = Job(
         models=(ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs)),
-        texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),),
+        texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5), *own),
         window=arguments.window,
         windows=arguments.windows,
         sample_tokens=1,
     )
-    (text,) = evaluate(job)["texts"]
+    text, *others = evaluate(job)["texts"]
     result = []
     for row, out in zip(rows, outs, strict=True):
-        found = text["converted"][out.name]
-        quality = {key: found[key] for key in ("perplexity", "ln_ratio", "kl", "top1_agreement")}
-        error = found["standard_error"]["paired_difference"]
-        result.append({**row, **quality, "standard_error": error, "windows": text["windows"]})
+        more = {"own_text": quality(others[0], out.name)} if others else {}
+        result.append({**row, **quality(text, out.name), **more})
     return result
+
+
+def quality(text: dict[str, Any], name: str) -> dict[str, Any]:
+    """One model's figures on a text of an evaluation."""
+    found = text["converted"][name]
+    figures = {key: found[key] for key in ("perplexity", "ln_ratio", "kl", "top1_agreement")}
+    return {**figures, "standard_error": found["standard_error"]["paired_difference"], "windows": text["windows"]}
 
 
 def document(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> str:

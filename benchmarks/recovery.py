@@ -4,19 +4,22 @@
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --tokens 250000 --tokens 1000000 --plot recovery.html
 
 The first half of the text calibrates and is learned from (or, with --calib self, text that the model writes), the
-second half judges. Every stage is written as a model directory, loaded by its runtime in a fresh process and compared
-there with the original, which is measured in the same process. Prints JSON, and writes a page with the curve (--plot).
-A run that is cut off goes on where it was if it is started again with the same --work.
+second half judges, and so does other text that the original writes. Every stage is written as a model directory, loaded
+by its runtime in a fresh process and compared there with the original, which is measured in the same process.
+Distillation goes on from the directory of the refit, with the original as `teacher`; its minutes count the refit's.
+Prints JSON, and writes a page with the curve (--plot). A run that is cut off goes on where it was if it is started
+again with the same --work.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from judging import calibration, document, first_half, folder_of, judged, kept_row, parser
 
@@ -29,21 +32,34 @@ FLOORS = {
 }
 
 
-def stages(method: str, tokens: list[int], options: str) -> list[tuple[str, int, str]]:
-    """(name, distilled tokens, pipeline text) of what is judged."""
+class Stage(NamedTuple):
+    """What is judged: its name, distilled tokens, pipeline text, and whether it goes on from the refit's directory."""
+
+    name: str
+    tokens: int
+    pipeline: str
+    goes_on: bool = False
+
+
+def stages(arguments: argparse.Namespace) -> list[Stage]:
+    """The method alone, with a refit, and that distilled."""
+    method = arguments.method
     refitted = method[:-1] + " recover=refit}" if method.endswith("}") else method + "{recover=refit}"
-    found = [("method", 0, method), ("refit", 0, refitted)]
-    return found + [(f"distill-{n}", n, f"{refitted},distill{{tokens={n} {options}}}") for n in tokens]
+    found = [Stage("method", 0, method), Stage("refit", 0, refitted)]
+    for n in arguments.tokens or [250_000]:
+        text = f"distill{{tokens={n} teacher={json.dumps(str(arguments.model))} {arguments.distill}}}"
+        found.append(Stage(f"distill-{n}", n, text, goes_on=True))
+    return found
 
 
-def make(arguments: argparse.Namespace, pipeline: str, text: Path | None, out: Path) -> dict[str, Any]:
+def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path | None, out: Path) -> dict[str, Any]:
     """Write a stage; returns its row without the quality."""
     from attnopt import api
     from attnopt.conversion import RunOptions
 
     began, busy = time.perf_counter(), time.process_time()
     result = api.run_pipeline(
-        arguments.model,
+        model,
         pipeline,
         out,
         calibration=calibration(arguments, text),
@@ -60,6 +76,19 @@ def make(arguments: argparse.Namespace, pipeline: str, text: Path | None, out: P
         "peak_rss_bytes": found["peak_rss_bytes"],
         "recovery": {key: summary[key] for key in wanted if key in summary},
     }
+
+
+def written(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Text that the original writes, other than any that is learned from."""
+    path = folder / "written.txt"
+    if not path.exists():
+        from attnopt.profiles.calibration import Writer
+        from attnopt.rewriter.source import open_source
+
+        source = open_source(arguments.model)
+        ids = Writer.of(source).write(arguments.windows, arguments.window, arguments.seed + 1)
+        path.write_text("\n".join(source.tokenizer().batch_decode(ids, skip_special_tokens=True)), encoding="utf-8")
+    return path
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -96,18 +125,23 @@ def main() -> None:
     rows, outs = [], []
     with folder_of(arguments) as folder:
         text = first_half(arguments.text, folder) if arguments.calib == "text" else None
-        for stage, tokens, pipeline in stages(arguments.method, arguments.tokens or [250_000], arguments.distill):
-            outs.append(folder / stage)
+        for stage in stages(arguments):
+            outs.append(folder / stage.name)
+            model = str(folder / "refit") if stage.goes_on else arguments.model
             row = kept_row(
                 arguments,
                 outs[-1],
-                partial(make, arguments, pipeline, text),
-                pipeline=pipeline,
+                partial(make, arguments, model, stage.pipeline, text),
+                pipeline=stage.pipeline,
                 calib=arguments.calib,
             )
-            wanted = None if stage == "method" else reach.get(tokens)
-            rows.append({"stage": stage, "tokens": tokens, "pipeline": pipeline, "to_reach": wanted, **row})
-        rows = judged(arguments, rows, outs)
+            if stage.goes_on:
+                row |= {key: round(row[key] + rows[1][key], 2) for key in ("minutes", "cpu_minutes")}
+            wanted = None if stage.name == "method" else reach.get(stage.tokens)
+            rows.append(
+                {"stage": stage.name, "tokens": stage.tokens, "pipeline": stage.pipeline, "to_reach": wanted, **row}
+            )
+        rows = judged(arguments, rows, outs, own_text=written(arguments, folder))
     if arguments.plot:
         arguments.plot.write_text(page(rows), encoding="utf-8")
     print(document("recovery", arguments, rows, calib=arguments.calib, cpus=os.cpu_count()))
