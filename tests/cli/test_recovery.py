@@ -83,6 +83,23 @@ def test_distillation_is_written_with_its_curve(cli: Cli, model: Path, text: Pat
     assert document["calibration"]["tokens"] == 1024
 
 
+@pytest.mark.parametrize("target", ["deepseek_v3", "attnopt"])
+def test_a_converted_model_is_distilled_later(cli: Cli, model: Path, text: Path, tmp_path: Path, target: str) -> None:
+    """From its directory, in its class, on what the model it was made from says."""
+    converted, out = tmp_path / "converted", tmp_path / "out"
+    size = ["--calib", text, "--calib-tokens", "1024", "--context", "32"]
+    cli("convert", model, "--to", "mla", "--kv-keep", "0.25", "--emit", target, *size, "-o", converted)
+    pipeline = TRAINING.replace("rate=0.003", f'rate=0.0003 teacher="{model}"')
+    document = cli("run", converted, "-p", pipeline, *size, "-o", out, "--json").document
+    assert document["emitted_as"] == target
+    assert document["cached_numbers_per_token"]["before"] == document["cached_numbers_per_token"]["after"]
+    recovery = json.loads((out / "attnopt.json").read_text())["recovery"]
+    assert recovery["held_out_after"] < recovery["held_out_before"]
+    before, after = (load_file(path / "model.safetensors") for path in (converted, out))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_text_to_learn_from_is_written_by_the_model(cli: Cli, model: Path, tmp_path: Path) -> None:
     pipeline = 'share{layers="1" fill=none},distill{tokens=640 batch=128}'
     size = ["--calib-tokens", "512", "--context", "32"]

@@ -66,6 +66,8 @@ def check_source(program: Program, emit: str = "auto", latent: bool = True, resh
     """
     if emit not in TARGETS:
         raise OptionError(f"unknown target {emit!r}", f"use one of {', '.join(TARGETS)}")
+    if emit in ("auto", source_class.TARGET) and not reshaped and source_class.can_emit(program) is None:
+        return
     stock = tuple(deepseek_v3.source_obstacles(program))
     own = tuple(own_class.source_obstacles(program))
     if emit == deepseek_v3.TARGET and (stock or not latent):
@@ -83,8 +85,8 @@ def check_source(program: Program, emit: str = "auto", latent: bool = True, resh
 def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = None) -> tuple[Emission, Refusal | None]:
     """Decide on the class and map the Program to it, without reading more than the latent encoders.
 
-    `auto` takes a stock class whenever one holds the result within 1e-3 (see `lane`), otherwise ours: for latent
-    attention that is deepseek_v3, for everything else the source's own class.
+    `auto` takes a stock class whenever one holds the result within 1e-3 (see `lane`), otherwise ours: for attention
+    that was made latent that is deepseek_v3, for everything else the source's own class.
 
     Args:
         program: a Program that passes have changed.
@@ -106,7 +108,7 @@ def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = Non
         return source_class.build(program, dtype), None
     if emit == own_class.TARGET:
         return own_class.build(program, dtype), None
-    latent = any(site.latent is not None for site in program.site_list)
+    latent = any(site.latent is not None for site in program.site_list) and source_class.can_emit(program) is not None
     stock = deepseek_v3.can_emit(program, dtype) if latent else source_class.can_emit(program)
     if stock is None:
         return (deepseek_v3 if latent else source_class).build(program, dtype), None

@@ -66,7 +66,9 @@ def _obstacles(program: Program) -> Iterator[str]:
             continue
         if (latent.q is None and site.q is None) or latent.q_a is not None or latent.kv_a_norm is not None:
             yield f"layer {site.layer}: queries are compressed or the latent is normalised"
-        if site.rope is None or site.rope.style != "interleaved" or site.rope.dim != latent.d_rope:
+        # One pair is the same in both styles, and is read back as the other.
+        style = "interleaved" if latent.d_rope == 2 else site.rope and site.rope.style
+        if site.rope is None or style != "interleaved" or site.rope.dim != latent.d_rope:
             yield f"layer {site.layer}: the rotary part is not interleaved or not of the declared width"
         if not mask.causal or mask.softcap or mask.sinks or mask.bias or mask.alibi:
             yield f"layer {site.layer}: a softcap, sinks, bias or a mask that is not causal"

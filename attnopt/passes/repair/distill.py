@@ -66,6 +66,10 @@ class Distill(Pass):
         memory = 4 * (program.parameters + 7 * inside) + KEPT_BYTES // 2
         return Plan(edits, (), (f"distilled from the original on {self.tokens:,} tokens",), memory)
 
+    def reshapes(self) -> bool:
+        """Values alone change."""
+        return False
+
     @property
     def text_tokens(self) -> int:
         """As many as are learned from."""
