@@ -40,7 +40,7 @@ class Distill(Pass):
         "attention", help="what is trained: attention, all, lora, or patterns of weight names"
     )
     rank: int | None = option(None, help="train changes of this rank (LoRA) instead of all numbers", minimum=1)
-    rate: float = option(0.001, help="largest step, relative to the size of each weight", minimum=0)
+    rate: float = option(0.0003, help="largest step, relative to the size of each weight", minimum=0)
     batch: int = option(2048, help="tokens per step", minimum=1)
     warmup: float = option(0.05, help="share of the steps in which the rate rises", minimum=0, maximum=1)
     decay: float = option(0.0, help="weight decay, towards what the weights are now", minimum=0)

@@ -55,7 +55,7 @@ class Settings:
 
     tokens: int
     batch: int = 2048
-    rate: float = 0.001
+    rate: float = 0.0003
     warmup: float = 0.05
     decay: float = 0.0
     checks: int = 8
