@@ -108,10 +108,13 @@ def choose(program: Program, emit: str = "auto", dtype: torch.dtype | None = Non
         return source_class.build(program, dtype), None
     if emit == own_class.TARGET:
         return own_class.build(program, dtype), None
-    latent = any(site.latent is not None for site in program.site_list) and source_class.can_emit(program) is not None
-    stock = deepseek_v3.can_emit(program, dtype) if latent else source_class.can_emit(program)
+    stock = source_class.can_emit(program)
     if stock is None:
-        return (deepseek_v3 if latent else source_class).build(program, dtype), None
+        return source_class.build(program, dtype), None
+    if any(site.latent is not None for site in program.site_list):
+        stock = deepseek_v3.can_emit(program, dtype)
+        if stock is None:
+            return deepseek_v3.build(program, dtype), None
     own = own_class.can_emit(program)
     if own is not None:
         raise UnsupportedError(f"{stock}. {own}", "only converted models of a listed architecture can be written")

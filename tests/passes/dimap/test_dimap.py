@@ -167,8 +167,8 @@ def test_structured_removal_equals_a_mask(family: str) -> None:
 def test_a_plan_is_applied_as_it_is() -> None:
     _, program = models.captured("llama")
     plan = apply(program, "dimap{structured=true}", NO_DATA).results[0].plan
-    assert all("shares" not in edit.edit for edit in plan.edits)
     assert plan is not None
+    assert all("shares" not in edit.edit for edit in plan.edits)
     sections = {edit.site: dict(edit.edit) for edit in plan.edits}
     again = apply(program, "dimap{structured=true}", NO_DATA, given={"weights": sections})
     assert again.results[0].plan is not None
