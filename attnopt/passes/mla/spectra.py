@@ -72,11 +72,12 @@ class Spectra(SiteMetric):
         groups = stats.layer.groups
         blocks = self._blocks(())
         slots = self._half_cache_table()
+        common = common_moment(moments_of(stats))
         return {
-            "spectrum_key": self._left(blocks[:groups]),
-            "spectrum_value": self._left(blocks[groups:]),
-            "spectrum_joint": self._left(blocks),
-            "spectrum_joint_rope": self._left(self._blocks(slots)),
+            "spectrum_key": _left(blocks[:groups], common),
+            "spectrum_value": _left(blocks[groups:], common),
+            "spectrum_joint": _left(blocks, common),
+            "spectrum_joint_rope": _left(self._blocks(slots), common),
         }
 
     def _half_cache_table(self) -> tuple[int, ...]:
@@ -89,8 +90,10 @@ class Spectra(SiteMetric):
         slots = normalised(take_slots(self.statistics, table), self.statistics)
         return closed_form_blocks(self.statistics, slots, phase_coefficients(self.statistics))
 
-    def _left(self, blocks: list[Block]) -> Tensor:
-        _, values = joint(blocks, common_moment(moments_of(self.statistics)), 1)
-        total = values.sum().clamp(min=1e-300)
-        left = (1 - values.cumsum(0) / total).clamp(min=0)
-        return torch.cat([torch.ones(1, dtype=left.dtype), left])
+
+def _left(blocks: list[Block], common: Tensor) -> Tensor:
+    """Share of the energy left after each rank."""
+    _, values = joint(blocks, common, 1)
+    total = values.sum().clamp(min=1e-300)
+    left = (1 - values.cumsum(0) / total).clamp(min=0)
+    return torch.cat([torch.ones(1, dtype=left.dtype), left])
