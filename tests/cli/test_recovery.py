@@ -100,6 +100,18 @@ def test_a_converted_model_is_distilled_later(cli: Cli, model: Path, text: Path,
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_teacher_that_is_missing_is_told_before_any_work(
+    cli: Cli, model: Path, text: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    pipeline = f'share{{layers="1" fill=none}},distill{{teacher="{tmp_path}/nobody"}}'
+    found = cli("run", model, "-p", pipeline, "--calib", text, "-o", tmp_path / "out", *more)
+    assert found.code == 1
+    assert "nobody does not exist" in found.err
+    assert "running" not in found.err
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_text_to_learn_from_is_written_by_the_model(cli: Cli, model: Path, tmp_path: Path) -> None:
     pipeline = 'share{layers="1" fill=none},distill{tokens=640 batch=128}'
     size = ["--calib-tokens", "512", "--context", "32"]

@@ -17,14 +17,17 @@ from attnopt.passes.repair.parameters import Selection, select
 from attnopt.passes.repair.student import Model, Pool
 from attnopt.passes.repair.training import TOKENS_AT_ONCE, History, Settings, Training, merged
 from attnopt.rewriter import parallel
+from attnopt.rewriter.capture import capture
 from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option, sites_differing
 from attnopt.rewriter.program import Program
+from attnopt.rewriter.source import ModelSource, open_source
 from attnopt.rewriter.weights import Inline, Value
 
 #: Values per token and layer that a gradient needs, as a multiple of the hidden size; roughly.
 KEPT_PER_LAYER = 24
 #: With `recompute=auto`, layers are run twice if what a gradient needs would take more than this.
 KEPT_BYTES = 4 << 30
+SAME_WORDS = "a teacher must have the same tokenizer, so that both speak of the same words"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,13 @@ class Distill(Pass):
     teacher: str | None = option(None, help="another model to learn from, with the same tokenizer; a directory or id")
 
     def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
-        """What is trained; weights as they will be after the passes before are not known yet."""
+        """What is trained; weights as they will be after the passes before are not known yet.
+
+        Raises:
+            OptionError, SourceError: the teacher does not fit or cannot be read, said here before other passes work.
+        """
+        if self.teacher is not None:
+            teacher_source(self.teacher, program)
         what = self.parameters if isinstance(self.parameters, str) else " ".join(self.parameters)
         edits = tuple(
             SitePlan(site.fqn, {"train": what}, (site.cached_numbers_per_token,) * 2) for site in program.site_list
@@ -79,7 +88,7 @@ class Distill(Pass):
         """Train.
 
         Raises:
-            OptionError: there is no text, nothing to train, or the teacher does not fit.
+            OptionError: there is no text, nothing to train, or the teacher has another tokenizer.
         """
         check_text(program, context, "distill")
         selection = select(program, self.parameters, self.rank)
@@ -158,26 +167,35 @@ class Distill(Pass):
         }
 
 
+def teacher_source(path: str, program: Program) -> ModelSource:
+    """Open another model to learn from.
+
+    Raises:
+        OptionError: it has another vocabulary.
+        SourceError: it cannot be read.
+    """
+    source = open_source(path)
+    sizes = [config.get("vocab_size") for config in (program.config, source.config.to_dict())]
+    if sizes[0] != sizes[1]:
+        raise OptionError(f"distill: the teacher {path} has {sizes[1]} words, the model {sizes[0]}", SAME_WORDS)
+    return source
+
+
 def other_teacher(path: str, program: Program, context: PassContext) -> Program:
     """Capture another model to learn from.
 
     Raises:
-        OptionError: it has another vocabulary or tokenizer.
+        OptionError: it has another vocabulary, tokenizer or output.
         SourceError: it cannot be read.
     """
-    from attnopt.rewriter.capture import capture
-    from attnopt.rewriter.source import open_source
-
-    source = open_source(path)
-    hint = "a teacher must have the same tokenizer, so that both speak of the same words"
+    source = teacher_source(path, program)
     if context.tokenizer is not None and source.has_tokenizer:
         ours, theirs = context.tokenizer().get_vocab(), source.tokenizer().get_vocab()
         if ours != theirs:
-            raise OptionError(f"distill: the teacher {path} has another tokenizer", hint)
+            raise OptionError(f"distill: the teacher {path} has another tokenizer", SAME_WORDS)
     captured = capture(source)
-    sizes = [p.config.get("vocab_size") for p in (program, captured)]
-    if sizes[0] != sizes[1] or captured.outputs[:1] != program.outputs[:1]:
-        raise OptionError(f"distill: the teacher {path} has {sizes[1]} words, the model {sizes[0]}", hint)
+    if captured.outputs[:1] != program.outputs[:1]:
+        raise OptionError(f"distill: the teacher {path} gives {captured.outputs[0]}, the model {program.outputs[0]}")
     return captured
 
 

@@ -90,7 +90,7 @@ def test_a_student_computes_what_its_program_does(recompute: bool) -> None:
 def test_distillation_brings_the_model_back_and_leaves_the_teacher_alone() -> None:
     original, program = converted()
     before = (original.weights.digest(), program.weights.digest(), short_print(original))
-    result = distil(program, original, {"tokens": 6400})
+    result = distil(program, original, {"tokens": 6400, "batch": 64})
     summary = result.summary
     assert (original.weights.digest(), program.weights.digest(), short_print(original)) == before
     assert summary["held_out_after"] < 0.95 * summary["held_out_before"]
