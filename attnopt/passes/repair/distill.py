@@ -43,13 +43,13 @@ class Distill(Pass):
         "attention", help="what is trained: attention, all, lora, or patterns of weight names"
     )
     rank: int | None = option(None, help="train changes of this rank (LoRA) instead of all numbers", minimum=1)
-    rate: float = option(0.0003, help="largest step, relative to the size of each weight", minimum=0)
-    batch: int = option(2048, help="tokens per step", minimum=1)
-    warmup: float = option(0.05, help="share of the steps in which the rate rises", minimum=0, maximum=1)
-    decay: float = option(0.0, help="weight decay, towards what the weights are now", minimum=0)
-    checks: int = option(8, help="how often the held-out text is looked at", minimum=1)
-    patience: int = option(3, help="stop after so many checks without a better result", minimum=1)
-    checkpoint_minutes: float = option(10.0, help="minutes between two saved states, for --resume", minimum=0)
+    rate: float = option(Settings.rate, help="largest step, relative to the size of each weight", minimum=0)
+    batch: int = option(Settings.batch, help="tokens per step", minimum=1)
+    warmup: float = option(Settings.warmup, help="share of the steps in which the rate rises", minimum=0, maximum=1)
+    decay: float = option(Settings.decay, help="weight decay, towards what the weights are now", minimum=0)
+    checks: int = option(Settings.checks, help="how often the held-out text is looked at", minimum=1)
+    patience: int = option(Settings.patience, help="stop after so many checks without a better result", minimum=1)
+    checkpoint_minutes: float = option(Settings.minutes, help="minutes between two saved states, for --resume", minimum=0)
     precision: Literal["auto", "float32", "quick", "bfloat16"] = option(
         "auto", help="of products; quick takes 16-bit factors, bfloat16 runs under autocast"
     )
