@@ -43,13 +43,19 @@ class Distill(Pass):
         "attention", help="what is trained: attention, all, lora, or patterns of weight names"
     )
     rank: int | None = option(None, help="train changes of this rank (LoRA) instead of all numbers", minimum=1)
-    rate: float = option(Settings.rate, help="largest step, relative to the size of each weight", minimum=0)
+    rate: float | None = option(
+        Settings.rate,
+        help="largest step, relative to each weight's size; none follows from the distance",
+        minimum=0,
+    )
     batch: int = option(Settings.batch, help="tokens per step", minimum=1)
     warmup: float = option(Settings.warmup, help="share of the steps in which the rate rises", minimum=0, maximum=1)
     decay: float = option(Settings.decay, help="weight decay, towards what the weights are now", minimum=0)
     checks: int = option(Settings.checks, help="how often the held-out text is looked at", minimum=1)
-    patience: int = option(Settings.patience, help="stop after so many checks without a better result", minimum=1)
-    checkpoint_minutes: float = option(Settings.minutes, help="minutes between two saved states, for --resume", minimum=0)
+    patience: int = option(Settings.patience, help="stop after so many checks without a lower loss", minimum=1)
+    checkpoint_minutes: float = option(
+        Settings.minutes, help="minutes between two saved states, for --resume", minimum=0
+    )
     precision: Literal["auto", "float32", "quick", "bfloat16"] = option(
         "auto", help="of products; quick takes 16-bit factors, bfloat16 runs under autocast"
     )
@@ -105,15 +111,15 @@ class Distill(Pass):
         )  # fmt: skip
         shard(teacher, student)
         windows, repeated = self._windows(context)
-        history = Training(
+        training = Training(
             student, teacher, windows, context.calibration.selection, self._settings(kind, context), context
-        ).run()
+        )
+        history = training.run()
         after = _with_changes(program, student) if history.best[0] else program
         changed = sites_differing(program, after)
         after = with_peaks(after, changed, context.calibration.windows, context)
-        return PassResult(
-            after, changed, (), self._summary(program, selection, history, windows, repeated), _layers(after, changed)
-        )
+        summary = {"rate": training.rate, **self._summary(program, selection, history, windows, repeated)}
+        return PassResult(after, changed, (), summary, _layers(after, changed))
 
     def ensures(self, before: Program, after: Program) -> list[str]:
         """The graph is what it was; only weights have changed."""

@@ -30,6 +30,12 @@ Precision = Literal["auto", "float32", "quick", "bfloat16"]
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 #: Steps in which the rate rises at least: Adam's first ones know nothing of the size of gradients.
 WARM_STEPS = 5
+#: The rate per nat of held-out divergence, and its limits. What a step brings grows with the distance that is left, the
+#: noise that it adds does not: docs/recovery.md has the measurement.
+RATE_PER_NAT = 0.0026
+RATES = (0.00003, 0.001)
+#: The rate where outputs are vectors, whose distance is not in nats.
+RATE_OF_VECTORS = 0.0003
 #: Held-out tokens that are looked at.
 HELD_OUT_TOKENS = 8192
 
@@ -41,11 +47,12 @@ class Settings:
     Attributes:
         tokens: that are learned from in all, repeats counted.
         batch: tokens per step.
-        rate: largest step relative to each weight's size.
+        rate: largest step relative to each weight's size; None follows from the held-out loss at the start.
         warmup: share of the steps in which the rate rises.
         decay: weight decay of the changes, which pulls to the start.
         checks: how often the held-out text is looked at, the end included.
-        patience: stop after so many checks without a better result.
+        patience: stop after so many checks without a lower loss than at any check before, the start left out: the loss
+            rises first if steps are long, and falls with them.
         minutes: between two saved states.
         precision: "float32"; "quick" multiplies 16-bit factors; "bfloat16" runs under autocast; "auto" is bfloat16 on
             hardware that multiplies it.
@@ -55,7 +62,7 @@ class Settings:
 
     tokens: int
     batch: int = 2048
-    rate: float = 0.0003
+    rate: float | None = None
     warmup: float = 0.05
     decay: float = 0.0
     checks: int = 8
@@ -129,7 +136,7 @@ class Training:
         self.rows = max(1, TOKENS_AT_ONCE[context.device.type] // length)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.decay
+            list(self.parameters.values()), lr=RATES[0], betas=(0.9, 0.95), weight_decay=settings.decay
         )
         self.history = History()
         self.best: dict[str, Tensor] = {}
@@ -161,6 +168,16 @@ class Training:
                     saved = time.monotonic()
         self._put(self.best)
         return self.history
+
+    @property
+    def rate(self) -> float:
+        """The largest step relative to each weight's size."""
+        if self.settings.rate is not None:
+            return self.settings.rate
+        if self.settings.kind != "kl":
+            return RATE_OF_VECTORS
+        low, high = RATES
+        return min(max(RATE_PER_NAT * self.history.held_out[0][1], low), high)
 
     def _one_step(self) -> float:
         """Mean loss of the step's tokens."""
@@ -204,7 +221,7 @@ class Training:
         warm = max(WARM_STEPS, round(self.settings.warmup * self.steps))
         factor = min(1.0, (self.step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * factor
+            group["lr"] = self.rate * factor
 
     def _look(self, seconds: float) -> None:
         """Measure the held-out loss, keep the best and stop if it does not come."""
@@ -214,7 +231,7 @@ class Training:
         if loss < history.best[1]:
             history.best = (done, loss)
             self.best = {n: _whole(p.detach()).clone() for n, p in self.parameters.items()}
-        since = sum(1 for tokens, _, _ in history.held_out if tokens > history.best[0])
+        since = _since_lowest([value for tokens, value, _ in history.held_out if tokens])
         if since >= self.settings.patience:
             history.stopped = f"no better on held-out text for {since} checks"
 
@@ -284,6 +301,11 @@ def _some(windows: Tensor, tokens: int) -> Tensor:
     """Windows spread evenly, together at most about `tokens` long, at least one."""
     count = min(len(windows), max(1, tokens // windows.shape[1]))
     return windows[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]]
+
+
+def _since_lowest(losses: list[float]) -> int:
+    """How many losses came after the lowest."""
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def _is_sharded(model: Model) -> bool:

@@ -15,7 +15,7 @@ from attnopt.passes.repair.distill import Distill
 from attnopt.passes.repair.loss import divergence
 from attnopt.passes.repair.parameters import select, step_size
 from attnopt.passes.repair.student import Head, Model, output_of
-from attnopt.passes.repair.training import merged
+from attnopt.passes.repair.training import RATE_PER_NAT, RATES, _since_lowest, merged
 from attnopt.rewriter.interpret import run
 from attnopt.rewriter.passes import PassResult
 from attnopt.rewriter.printer import short_print
@@ -130,11 +130,32 @@ def test_lane_zeros_and_everything_else_stay() -> None:
 
 def test_a_run_that_only_harms_changes_nothing() -> None:
     original, program = converted()
-    result = distil(program, original, {"rate": 50.0, "patience": 1})
+    result = distil(program, original, {"rate": 50.0, "patience": 1, "checks": 8})
     assert result.changed_sites == ()
     assert result.program is program
     assert result.summary["held_out_after"] == result.summary["held_out_before"]
     assert result.summary["curve"]["stopped"]
+
+
+def test_the_rate_follows_from_the_distance() -> None:
+    original, program = converted()
+    result = distil(program, original, {"rate": None}).summary
+    assert result["rate"] == pytest.approx(RATE_PER_NAT * result["held_out_before"])
+    near = distil(original, original, {"rate": None}).summary
+    assert near["rate"] == RATES[0]
+    assert distil(program, original, {"rate": 0.02, "tokens": 128}).summary["rate"] == 0.02
+
+
+def test_patience_does_not_count_from_the_start() -> None:
+    """Long steps raise the loss before the schedule's short ones lower it."""
+    assert _since_lowest([]) == 0
+    assert _since_lowest([0.5, 0.4, 0.3]) == 0
+    assert _since_lowest([0.3, 0.4, 0.5]) == 2
+    original, program = converted()
+    curve = distil(program, original, {"rate": 0.05, "checks": 8, "patience": 3, "tokens": 8 * 128}).summary["curve"]
+    losses = [loss for _, loss, _ in curve["held_out"]]
+    assert min(losses[1:4]) > losses[0]
+    assert len(losses) > 4
 
 
 def test_merged_adapters_are_the_adapters() -> None:
