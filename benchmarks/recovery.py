@@ -2,13 +2,14 @@
 
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --method "to-mla{kv-keep=0.5}" --work DIR > recovery.json
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --tokens 250000 --tokens 1000000 --plot recovery.html
+    python benchmarks/recovery.py MODEL --text wiki.valid.txt --only refit --passkey 2048 --long-context 8192
 
 The first half of the text calibrates and is learned from (or, with --calib self, text that the model writes), the
 second half judges, and so does other text that the original writes. Every stage is written as a model directory, loaded
 by its runtime in a fresh process and compared there with the original, which is measured in the same process.
 Distillation goes on from the directory of the refit, with the original as `teacher`; its minutes count the refit's.
-Prints JSON, and writes a page with the curve (--plot). A run that is cut off goes on where it was if it is started
-again with the same --work.
+With --passkey and --long-context also retrieval in long texts and perplexity by position. Prints JSON, and writes a
+page with the curve (--plot). A run that is cut off goes on where it was if it is started again with the same --work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from judging import calibration, document, first_half, folder_of, judged, kept_row, parser
+from judging import add_only, asked_for, calibration, document, first_half, folder_of, judged, kept_row, parser
 
 #: ln(perplexity ratio) to reach on SmolLM2-135M by pipeline: (refit, 250,000 tokens, 1,000,000 tokens).
 FLOORS = {
@@ -91,13 +92,42 @@ def written(arguments: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
+def far(arguments: argparse.Namespace, outs: list[Path]) -> list[dict[str, Any]]:
+    """For each directory what long texts tell: passkeys found by length, and ln(perplexity ratio) by position."""
+    from attnopt.evaluate import Job, ModelSpec, PasskeySpec, TextSpec, evaluate
+
+    if not (arguments.passkey or arguments.long_context):
+        return [{} for _ in outs]
+    job = Job(
+        models=(ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs)),
+        texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),),
+        windows=1,
+        long_context=arguments.long_context,
+        passkey=PasskeySpec(tuple(arguments.passkey)) if arguments.passkey else None,
+        sample_tokens=1,
+    )
+    report = evaluate(job)
+    found: list[dict[str, Any]] = []
+    for out in outs:
+        row: dict[str, Any] = {}
+        if arguments.passkey:
+            row["passkey"] = report["passkey"][out.name]["lengths"]
+        if arguments.long_context:
+            buckets = report["long_context"][0]["converted"][out.name]["buckets"]
+            row["by_position"] = [
+                {key: b[key] for key in ("from", "to", "ln_ratio", "standard_error")} for b in buckets
+            ]
+        found.append(row)
+    return found
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """Quality against tokens and against CPU minutes."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=("by distilled tokens", "by CPU minutes"))
     for column, key in ((1, "tokens"), (2, "cpu_minutes")):
-        shown = rows[1:] if key == "tokens" else rows
+        shown = [row for row in rows if row["stage"] != "method"] if key == "tokens" else rows
         figure.add_scatter(
             x=[row[key] for row in shown],
             y=[row["ln_ratio"] for row in shown],
@@ -119,29 +149,37 @@ def main() -> None:
     options.add_argument("--tokens", type=int, action="append", help="to distil; may be repeated")
     options.add_argument("--distill", default="", help="more options of distill, as in pipeline text")
     options.add_argument("--calib", choices=("text", "self"), default="text")
+    options.add_argument("--passkey", type=int, action="append", help="tokens of a text to find a number in")
+    options.add_argument("--long-context", type=int, help="perplexity by position in windows of so many tokens")
     options.add_argument("--plot", type=Path, help="HTML page to write")
+    add_only(options)
     arguments = options.parse_args()
     reach = dict(zip((0, 250_000, 1_000_000), FLOORS.get(arguments.method, ()), strict=False))
     rows, outs = [], []
     with folder_of(arguments) as folder:
         text = first_half(arguments.text, folder) if arguments.calib == "text" else None
+        refit: dict[str, Any] = {}
         for stage in stages(arguments):
-            outs.append(folder / stage.name)
+            # What is distilled goes on from the refit, which is made for that if it is not asked for.
+            if not asked_for(arguments, stage.name) and stage.name != "refit":
+                continue
+            out = folder / stage.name
             model = str(folder / "refit") if stage.goes_on else arguments.model
-            row = kept_row(
-                arguments,
-                outs[-1],
-                partial(make, arguments, model, stage.pipeline, text),
-                pipeline=stage.pipeline,
-                calib=arguments.calib,
-            )
+            make_it = partial(make, arguments, model, stage.pipeline, text)
+            row = kept_row(arguments, out, make_it, pipeline=stage.pipeline, calib=arguments.calib)
+            if stage.name == "refit":
+                refit = row
             if stage.goes_on:
-                row |= {key: round(row[key] + rows[1][key], 2) for key in ("minutes", "cpu_minutes")}
+                row |= {key: round(row[key] + refit[key], 2) for key in ("minutes", "cpu_minutes")}
+            if not asked_for(arguments, stage.name):
+                continue
             wanted = None if stage.name == "method" else reach.get(stage.tokens)
+            outs.append(out)
             rows.append(
                 {"stage": stage.name, "tokens": stage.tokens, "pipeline": stage.pipeline, "to_reach": wanted, **row}
             )
         rows = judged(arguments, rows, outs, own_text=written(arguments, folder))
+        rows = [{**row, **more} for row, more in zip(rows, far(arguments, outs), strict=True)]
     if arguments.plot:
         arguments.plot.write_text(page(rows), encoding="utf-8")
     print(document("recovery", arguments, rows, calib=arguments.calib, cpus=os.cpu_count()))
