@@ -12,6 +12,7 @@ from attnopt.progress import Reporter, bar
 from attnopt.rewriter import parallel
 from attnopt.rewriter.interpret import Env, LayerRunner, LoadedSegment
 from attnopt.rewriter.precision import quick_products
+from attnopt.rewriter.program import Program
 from attnopt.rewriter.site import AttentionSite
 
 #: Share of the text that first tokens count for. Attention sinks sit there (Xiao et al., arXiv 2309.17453): every later
@@ -19,6 +20,8 @@ from attnopt.rewriter.site import AttentionSite
 FIRST_TOKEN_SHARE = 0.25
 #: One of so many tokens of the text is also sent through alone, as the first token of a window.
 FIRST_TOKEN_STRIDE = 16
+#: One of so many windows has a gap in its positions, of so many tokens at least.
+SPACED, LEAST_GAP = 2, 64
 #: Tokens that go through a layer at once: enough to keep the processor busy, few enough for little memory.
 TOKENS_AT_ONCE = 1024
 
@@ -44,6 +47,7 @@ class Batch:
         held_out: True for windows that results are judged by, False for those they are fitted on.
         count: how many tokens each of its tokens stands for.
         lone: True for windows of one token.
+        positions: of the tokens [B, S]; None for 0 ... S-1.
         passed: how many layers it has gone through.
     """
 
@@ -51,6 +55,7 @@ class Batch:
     held_out: bool
     count: float
     lone: bool
+    positions: Tensor | None = None
     passed: int = 0
 
 
@@ -70,6 +75,41 @@ def first_tokens(windows: Tensor) -> Tensor:
     return torch.cat([windows[:, 0], inner]).unique()[:, None]
 
 
+def reach_of(program: Program) -> int | None:
+    """How long a text the model is promised to read; None if that is unknown, or some layers see a window alone.
+
+    Layers with a sliding window count tokens, so that tokens that were moved away would still be seen.
+    """
+    if any(site.mask.window is not None for site in program.site_list):
+        return None
+    known = program.config.get("max_position_embeddings")
+    return known if isinstance(known, int) else None
+
+
+def spaced(count: int, length: int, reach: int) -> Tensor:
+    """Positions of the tokens of windows [count, length]: every `SPACED`-th window has a gap.
+
+    What is fitted to windows that are far shorter than the text that a model is promised to read knows nothing of the
+    distances beyond them. Rotary positions matter by their differences alone, so a window whose second part is moved
+    away shows long distances at the price of a short window (PoSE, Zhu et al. 2023, arXiv 2309.10400). Gaps of all
+    sizes are equally likely in the logarithm. Windows get the same positions whatever process has them.
+
+    Args:
+        count, length: of the windows.
+        reach: the longest text; positions stay below it.
+    """
+    positions = torch.arange(length).repeat(count, 1)
+    room = reach - length
+    if room <= 0 or length < 4:
+        return positions
+    for index in range(SPACED - 1, count, SPACED):
+        generator = torch.Generator().manual_seed(index)
+        size, place = torch.rand(2, generator=generator).tolist()
+        cut = round(length * (0.25 + 0.5 * place))
+        positions[index, cut:] += round(LEAST_GAP * (room / LEAST_GAP) ** size) if room > LEAST_GAP else room
+    return positions
+
+
 class Stream:
     """All windows before some layer.
 
@@ -79,10 +119,18 @@ class Stream:
         held_out: [m, S] token ids to judge by; may be empty.
         keep: type in which the residual stream is kept between layers.
         spread: of several processes, each takes its share of the windows; sums over them are the caller's to make.
+        reach: some windows' positions are to span up to so many tokens, see `spaced`; None for none.
     """
 
     def __init__(
-        self, runner: LayerRunner, windows: Tensor, held_out: Tensor, keep: torch.dtype, *, spread: bool = False
+        self,
+        runner: LayerRunner,
+        windows: Tensor,
+        held_out: Tensor,
+        keep: torch.dtype,
+        *,
+        spread: bool = False,
+        reach: int | None = None,
     ) -> None:
         self.runner = runner
         self.keep = keep
@@ -91,13 +139,19 @@ class Stream:
             starts = first_tokens(ids)
             share = FIRST_TOKEN_SHARE * ids.numel() / max(1, len(starts))
             for these, count in ((ids, 1.0), (starts, share)):
-                self._add(these[parallel.share_of(len(these))] if spread else these, held, count)
+                positions = spaced(len(these), these.shape[1], reach) if reach is not None else None
+                own = parallel.share_of(len(these)) if spread else slice(None)
+                self._add(these[own], None if positions is None else positions[own], held, count)
         runner.close()
 
-    def _add(self, ids: Tensor, held_out: bool, count: float) -> None:
-        for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])) if len(ids) else ():
-            env = self._store(self.runner.start({"input_ids": part}))
-            self.batches.append(Batch(env, held_out, count, ids.shape[1] == 1))
+    def _add(self, ids: Tensor, positions: Tensor | None, held_out: bool, count: float) -> None:
+        at_once = max(1, TOKENS_AT_ONCE // max(1, ids.shape[1]))
+        for start in range(0, len(ids), at_once):
+            given = {"input_ids": ids[start : start + at_once]}
+            if positions is not None:
+                given["position_ids"] = positions[start : start + at_once]
+            env = self._store(self.runner.start(given))
+            self.batches.append(Batch(env, held_out, count, ids.shape[1] == 1, given.get("position_ids")))
 
     def weights(self, batch: Batch, output: Tensor) -> Tensor:
         """Token weights of a batch [B, S], for the output of the layer's attention [B, S, D]."""

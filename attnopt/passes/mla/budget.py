@@ -96,12 +96,14 @@ class HeldOut:
         target: the source layer's output, [B, S, D].
         weights: token weights [B, S].
         count: how many tokens each stands for.
+        positions: of the tokens [B, S]; None for 0 ... S-1.
     """
 
     x: Tensor
     target: Tensor
     weights: Tensor
     count: float
+    positions: Tensor | None = None
 
 
 def split_errors(
@@ -129,7 +131,8 @@ def split_errors(
         layer = layer.to(source.w_q.dtype)
         error = 0.0
         for sample in held_out:
-            relative = (layer.attend(source, sample.x) - sample.target).pow(2).mean(-1) * sample.weights / sample.count
+            found = layer.attend(source, sample.x, positions=sample.positions)
+            relative = (found - sample.target).pow(2).mean(-1) * sample.weights / sample.count
             error += sample.count * float((relative / (1 + relative)).sum())
         result[split] = parallel.sum_of(error)[0] / tokens
     return result

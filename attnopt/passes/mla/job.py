@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnopt.errors import UnsupportedError
 from attnopt.passes.common.refit import default_epochs
-from attnopt.passes.common.stream import Batch, Stream
+from attnopt.passes.common.stream import Batch, Stream, reach_of
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look
@@ -103,10 +103,11 @@ class Job:
         split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
         table = probe.table(split)
         held_out = selection if self.settings.refit else selection[:0]
-        stream = Stream(self.runner, windows, held_out, self.keep, spread=True)
+        reach = reach_of(self.program)
+        stream = Stream(self.runner, windows, held_out, self.keep, spread=True, reach=reach)
         reference = None
         if self.settings.follow:
-            reference = Stream(self.runner, windows, held_out, self.keep, spread=True)
+            reference = Stream(self.runner, windows, held_out, self.keep, spread=True, reach=reach)
         records = []
         for site, loaded in stream.layers(self.context.reporter, "converting"):
             if site.fqn in self.sites:
@@ -200,10 +201,10 @@ class _LayerJob:
         stats = LayerStatistics(source, self.job.stride, self.job.pooled)
         for batch in self.stream.batches:
             x = self._input(batch)
-            output = source.attend(x)
+            output = source.attend(x, batch.positions)
             importance = self.stream.weights(batch, output)
             if not batch.held_out:
-                stats.update(x, importance)
+                stats.update(x, importance, batch.positions)
             self.outputs.append(output.to(self.job.keep))
             self.weights.append(importance)
         stats.add_up()
@@ -250,7 +251,8 @@ class _LayerJob:
     def _reference_output(self, reference: Stream, place: int) -> Tensor:
         """The source layer's output on the source model's own stream."""
         if place not in self.reference_outputs:
-            output = self.source.attend(self._input(reference.batches[place], reference))
+            batch = reference.batches[place]
+            output = self.source.attend(self._input(batch, reference), batch.positions)
             self.reference_outputs[place] = output.to(self.job.keep)
         return self.reference_outputs[place].to(self.job.context.dtype)
 
@@ -259,7 +261,7 @@ class _LayerJob:
         fit = output_fit(layer)
         for place, batch in enumerate(self.stream.batches):
             if not batch.held_out:
-                self.mixed[place] = layer.mixed(self.source, self._input(batch))
+                self.mixed[place] = layer.mixed(self.source, self._input(batch), positions=batch.positions)
                 fit.add(self.mixed[place], self._target(place), self.weights[place])
         return with_output(layer, fit)
 
@@ -289,7 +291,9 @@ class _LayerJob:
 
         def window(place: int, rows: slice) -> Window:
             x = self._input(batches[place])[rows]
-            return Window(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows])
+            positions = batches[place].positions
+            positions = None if positions is None else positions[rows]
+            return Window(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows], positions)
 
         def make(index: int) -> list[Window]:
             share = slice(index, None, len(texts))
@@ -302,7 +306,7 @@ class _LayerJob:
         for place, batch in enumerate(self.stream.batches):
             mixed = self.mixed.pop(place, None)
             if mixed is None:
-                mixed = layer.mixed(self.source, self._input(batch))
+                mixed = layer.mixed(self.source, self._input(batch), positions=batch.positions)
             self.stream.advance(batch, self.loaded, layer.project(mixed))
             if self.reference is not None:
                 output = self._reference_output(self.reference, place)

@@ -74,13 +74,14 @@ class LatentLayer:
         """The same in another floating-point type; the angles stay float64."""
         return self.with_tensors({n: t.to(dtype) for n, t in self.tensors().items() if n != "inv_freq"})
 
-    def mixed(self, source: SourceLayer, x: Tensor, start: int = 0) -> Tensor:
-        """Heads' outputs before the output projection, [B, S - start, H d_v], at positions start ... S-1.
+    def mixed(self, source: SourceLayer, x: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
+        """Heads' outputs before the output projection, [B, S - start, H d_v], for the tokens from `start` on.
 
         Args:
             source: the layer it was made from.
-            x: attention input [B, S, D] at positions 0 ... S-1.
-            start: of the queries.
+            x: attention input [B, S, D].
+            start: index of the first query.
+            positions: [B, S], rising; by default 0 ... S-1.
         """
         asking = x[:, start:]
         if source.normed:
@@ -95,9 +96,11 @@ class LatentLayer:
         heads, d_n = self.w_uk.shape[:2]
         up = torch.cat([self.w_uk, self.w_uv], dim=1)
         expanded = F.linear(latent, up.flatten(0, 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        rotary = self._turn(key[:, None]).expand(-1, heads, -1, -1)
+        cos, sin = turns(self.inv_freq, key[:, None], positions)
+        rotary = turned(key[:, None], cos, sin).expand(-1, heads, -1, -1)
         k = torch.cat([expanded[..., :d_n], rotary], dim=-1)
-        q = torch.cat([q[..., :d_n], self._turn(q[..., d_n:], start)], dim=-1)
+        asked = turned(q[..., d_n:], cos[..., start:, :], sin[..., start:, :])
+        q = torch.cat([q[..., :d_n], asked], dim=-1)
         out = causal_attention(q, k, expanded[..., d_n:], 1 / math.sqrt(q.shape[-1]))
         return (out + self.value_mean[:, None]).transpose(1, 2).flatten(2)
 
@@ -105,19 +108,20 @@ class LatentLayer:
         """Output projection of `mixed`, [B, S, D]."""
         return F.linear(mixed, self.w_o, self.b_o)
 
-    def attend(self, source: SourceLayer, x: Tensor, start: int = 0) -> Tensor:
+    def attend(self, source: SourceLayer, x: Tensor, start: int = 0, positions: Tensor | None = None) -> Tensor:
         """The layer's output before the residual addition, [B, S - start, D]; arguments as of `mixed`."""
-        return self.project(self.mixed(source, x, start))
+        return self.project(self.mixed(source, x, start, positions))
 
     def latent_norm(self, source: SourceLayer, x: Tensor) -> float:
         """Largest norm of the latent over the tokens of x."""
         read = source.encoder_input(x, source.keys(x), source.values(x)) if source.normed else x
         return float(F.linear(read, self.encoder, self.encoder_bias).norm(dim=-1).max())
 
-    def _turn(self, pairs: Tensor, start: int = 0) -> Tensor:
-        cos, sin = (part[start:] for part in turns(self.inv_freq, start + pairs.shape[2], pairs))
-        a, b = pairs[..., 0::2], pairs[..., 1::2]
-        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+def turned(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of neighbouring channels [B, N, S, 2 F] by the angles of `turns`."""
+    a, b = pairs[..., 0::2], pairs[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
 @dataclass(frozen=True)

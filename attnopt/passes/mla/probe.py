@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.passes.common.stream import Stream
+from attnopt.passes.common.stream import Stream, reach_of
 from attnopt.passes.mla.budget import HeldOut, Split, split_errors
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import read_source
@@ -75,7 +75,7 @@ def look(
     """
     measured = set(spread(list(sites), MEASURED_LAYERS)) if len(splits) > 1 else set()
     held = some_of(selection, HELD_OUT_TOKENS) if measured else selection[:0]
-    stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep, spread=True)
+    stream = Stream(runner, some_of(windows, FITTED_TOKENS), held, keep, spread=True, reach=reach_of(runner.program))
     energies: dict[str, Tensor] = {}
     errors: list[dict[Split, float]] = []
     for site, loaded in stream.layers(reporter, "looking at the layers"):
@@ -86,13 +86,13 @@ def look(
         samples, outputs = [], []
         for batch in stream.batches:
             x = loaded.evaluate(stream.env(batch), site.nodes.input)
-            output = source.attend(x)
+            output = source.attend(x, batch.positions)
             weights = stream.weights(batch, output)
             outputs.append(output)
             if batch.held_out:
-                samples.append(HeldOut(x, output, weights, batch.count))
+                samples.append(HeldOut(x, output, weights, batch.count, batch.positions))
             else:
-                stats.update(x, weights)
+                stats.update(x, weights, batch.positions)
         stats.add_up()
         stats.check()
         energies[site.fqn] = slot_energies(stats)

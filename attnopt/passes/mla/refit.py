@@ -43,11 +43,13 @@ class Window:
         x: attention input [B, S, D].
         target: what the layer should give, [B, S, D].
         weights: token weights [B, S].
+        positions: of the tokens [B, S]; None for 0 ... S-1.
     """
 
     x: Tensor
     target: Tensor
     weights: Tensor
+    positions: Tensor | None = None
 
     def example(self, layer: LatentLayer, source: SourceLayer, turn: int | None = None) -> fitting.Example:
         """These windows for a fit of a layer's weights; with a turn, some queries only, and every turn others."""
@@ -57,8 +59,10 @@ class Window:
             start = turn % parts * QUERIES_PER_STEP
             stop = min(stop, start + QUERIES_PER_STEP)
 
+        positions = None if self.positions is None else self.positions[:, :stop]
+
         def output(weights: Mapping[str, Tensor]) -> Tensor:
-            return layer.with_tensors(weights).attend(source, self.x[:, :stop], start)
+            return layer.with_tensors(weights).attend(source, self.x[:, :stop], start, positions)
 
         return fitting.Example(output, self.target[:, start:stop], self.weights[:, start:stop])
 

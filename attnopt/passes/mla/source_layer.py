@@ -152,15 +152,20 @@ class SourceLayer:
         b_v = (nothing_v if self.b_v is None else self.b_v).double()
         return rows, torch.cat([b_k.flatten(), b_v.flatten()])
 
-    def rotate(self, heads: Tensor) -> Tensor:
-        """Turn [B, N, S, d] by its positions 0 ... S-1."""
-        cos, sin = turns(self.inv_freq, heads.shape[2], heads)
+    def rotate(self, heads: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Turn [B, N, S, d] by positions [B, S]; by default 0 ... S-1."""
+        cos, sin = turns(self.inv_freq, heads, positions)
         a, b = heads.chunk(2, dim=-1)
         return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """The layer's output before the residual addition, [B, S, D], for positions 0 ... S-1 and a causal mask."""
-        q, k, v = self.rotate(self.queries(x)), self.rotate(self.keys(x)), self.values(x)
+    def attend(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The layer's output before the residual addition, [B, S, D], for rising positions and a causal mask.
+
+        Args:
+            x: attention input [B, S, D].
+            positions: [B, S]; by default 0 ... S-1.
+        """
+        q, k, v = self.rotate(self.queries(x), positions), self.rotate(self.keys(x), positions), self.values(x)
         mixed = causal_attention(q, k, v, self.scale)
         out = F.linear(mixed.transpose(1, 2).flatten(2), self.w_o.flatten(1))
         return out if self.b_o is None else out + self.b_o
@@ -181,15 +186,18 @@ class SourceLayer:
         return eye[start : start + self.groups * width].view(self.groups, width, -1)
 
 
-def turns(inv_freq: Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, F] of the angles at positions 0 ... length-1, computed in float64.
+def turns(inv_freq: Tensor, heads: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles by which heads turn, computed in float64: [S, F], or [B, 1, S, F].
 
     Args:
         inv_freq: [F] angle per position.
-        length: of the window.
-        like: type and device of the result.
+        heads: [B, N, S, ...], what is to be turned.
+        positions: [B, S]; by default 0 ... S-1.
     """
-    return _turns(tuple(inv_freq.tolist()), length, like.dtype, like.device)
+    if positions is None:
+        return _turns(tuple(inv_freq.tolist()), heads.shape[2], heads.dtype, heads.device)
+    angle = positions.to(heads.device, torch.float64)[:, None, :, None] * inv_freq.to(heads.device)
+    return angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
 
 
 @functools.lru_cache(maxsize=8)

@@ -111,6 +111,8 @@ class _Window:
     weights: Tensor  # [n] weight of each sampled query, l_i times the queries it stands for
     attention: Tensor  # [H, n, S]
     sensitivity: Tensor  # [H, n, S] omega_ij
+    at: Tensor  # [n] index of each sampled query
+    turns: Tensor  # [S, F] complex, e^{i theta_f p_s} of the tokens' positions p_s
 
 
 def stride_for(windows: Tensor) -> int:
@@ -128,7 +130,7 @@ class LayerStatistics:
 
     Attributes:
         queries: [H, d, d] sum over i of (sum_j omega_ij) q_i q_iᵀ.
-        phase: [H, F] complex, sum over ij of omega_ij e^{i theta_f (j - i)}.
+        phase: [H, F] complex, sum over ij of omega_ij e^{i theta_f (p_j - p_i)}.
         phase_weight: [H] sum of omega_ij.
         keys: moments of u_j under omega, per class of groups.
         values: moments of abar_i under l_i, per class of groups.
@@ -153,18 +155,19 @@ class LayerStatistics:
         self.input_weight = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
 
-    def update(self, x: Tensor, weights: Tensor) -> None:
+    def update(self, x: Tensor, weights: Tensor, positions: Tensor | None = None) -> None:
         """Add windows.
 
         Args:
             x: attention inputs [B, S, D].
             weights: token weights [B, S], see `token_weights`.
+            positions: of the tokens [B, S]; by default 0 ... S-1.
         """
         if x.shape[1] == 1:
             self._add_lone(x[:, 0], weights[:, 0])
             return
         for row in range(x.shape[0]):
-            window = self._attend(x[row : row + 1], weights[row])
+            window = self._attend(x[row : row + 1], weights[row], None if positions is None else positions[row, None])
             self._add_keys(window)
             self._add_values(window)
             self.input_mean += (weights[row].to(x.dtype) @ window.inputs).double()
@@ -219,7 +222,7 @@ class LayerStatistics:
         share = (length - 1) / max(1, len(rest))
         return torch.cat([torch.zeros(1, dtype=torch.long), rest]), torch.tensor([1.0] + [share] * len(rest))
 
-    def _attend(self, x: Tensor, weights: Tensor) -> _Window:
+    def _attend(self, x: Tensor, weights: Tensor, positions: Tensor | None = None) -> _Window:
         layer = self.layer
         length = x.shape[1]
         at, share = self._sampled(length, self._place(length))
@@ -227,7 +230,7 @@ class LayerStatistics:
         plain, keys, values = layer.queries(x), layer.keys(x), layer.values(x)
         inputs = layer.encoder_input(x, keys, values)[0]
         group = layer.group_of
-        q, k, v = layer.rotate(plain)[0][:, at], layer.rotate(keys)[0][group], values[0][group]
+        q, k, v = layer.rotate(plain, positions)[0][:, at], layer.rotate(keys, positions)[0][group], values[0][group]
         logits = (q @ k.mT) * layer.scale
         hidden = torch.arange(length, device=x.device)[None, :] > at[:, None]
         attention = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
@@ -239,22 +242,22 @@ class LayerStatistics:
         effect = (own[:, None, :] + out[:, :, None] - 2 * mixed @ carried.mT).clamp_(min=0)
         counted = weights[at] * share.to(weights)
         sensitivity = effect.mul_(attention).mul_(attention).mul_(counted[:, None])
-        return _Window(inputs, plain[0][:, at], counted, attention, sensitivity)
+        places = torch.arange(length) if positions is None else positions[0]
+        angle = places.to(x.device, torch.float64)[:, None] * layer.inv_freq
+        turns = torch.polar(torch.ones_like(angle), angle)
+        return _Window(inputs, plain[0][:, at], counted, attention, sensitivity, at, turns)
 
     def _add_keys(self, window: _Window) -> None:
         layer, omega = self.layer, window.sensitivity
-        length = omega.shape[2]
         by_query, by_key = omega.sum(2), omega.sum(1)
         self.queries += ((window.queries * by_query[..., None]).mT @ window.queries).double()
         self.phase_weight += by_query.double().sum(1)
-        angle = torch.arange(length, dtype=torch.float64, device=omega.device)[:, None] * layer.inv_freq
-        turns = torch.polar(torch.ones_like(angle), angle)
+        turns = window.turns
         parts = torch.cat([turns.real, turns.imag], 1).to(omega.dtype)
         with exact_products():  # a pair that does not turn has phase 1, not nearly 1
             summed = (omega @ parts).double()
         pairs = layer.d // 2
-        at, _ = self._sampled(length, self._place(length))
-        self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[at].conj()).sum(1)
+        self.phase += (torch.complex(summed[..., :pairs], summed[..., pairs:]) * turns[window.at].conj()).sum(1)
         for of in range(len(self.keys.weight)):
             self.keys.add(of, window.inputs, by_key[self._class_of_head == of].sum(0))
 

@@ -65,6 +65,14 @@ def text(layer: SourceLayer, batch: int = 6, length: int = 48, seed: int = 1, me
     return x + mean * torch.randn(layer.width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
 
 
+def apart(batch: int, length: int, gap: int) -> Tensor:
+    """Positions [B, S] of which the second half is moved away by `gap`, in the second window twice as far."""
+    positions = torch.arange(length).repeat(batch, 1)
+    positions[:, length // 2 :] += gap
+    positions[1:, length // 2 :] += gap
+    return positions
+
+
 def weights_of(x: Tensor) -> Tensor:
     """Positive token weights [B, S], not all equal."""
     return 0.5 + torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3))

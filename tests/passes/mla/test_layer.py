@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnopt.passes.mla.layer import LatentLayer, closed_form, rotation_of
+from attnopt.passes.mla.layer import LatentLayer, closed_form, rotation_of, turned
 from attnopt.passes.mla.slots import choose_table, phase_coefficients, slot_energies
-from attnopt.passes.mla.source_layer import SourceLayer, causal_attention, paired_order
+from attnopt.passes.mla.source_layer import SourceLayer, causal_attention, paired_order, turns
 from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.passes.mla.weights import from_weights, to_weights
 from attnopt.rewriter.ops.latent import latent_attention_reference
-from tests.passes.mla.layers import GRIDS, relative, source, statistics, text, weights_of
+from tests.passes.mla.layers import GRIDS, apart, relative, source, statistics, text, weights_of
 
 
 def every_slot(layer: SourceLayer) -> tuple[int, ...]:
@@ -38,6 +38,11 @@ def test_full_width_is_exact(heads: int, groups: int, form: str) -> None:
     result, predicted = closed_form(statistics(layer), every_slot(layer), groups * 4)
     x = text(layer, batch=2, length=13, seed=5)
     assert relative(result.attend(layer, x), layer.attend(x)) < 1e-9
+    far = apart(2, 13, 11)
+    assert relative(layer.attend(x, far), layer.attend(x)) > 1e-3
+    assert relative(result.attend(layer, x, positions=far), layer.attend(x, far)) < 1e-9
+    assert relative(result.attend(layer, x, 5, far), layer.attend(x, far)[:, 5:]) < 1e-9
+    assert relative(layer.attend(x, far + 5), layer.attend(x, far)) < 1e-9  # differences alone matter
     assert predicted.slots + predicted.low_rank < 1e-9 * max(1.0, float(statistics(layer).phase_weight.sum()))
 
 
@@ -80,8 +85,9 @@ def test_absorbed_and_expanded_attention_agree() -> None:
     x = text(layer, batch=2, length=11)
     code = x @ torch.cat([result.encoder, result.rope]).mT + torch.cat([result.encoder_bias, result.rope_bias])
     q = torch.einsum("hmd,bsd->bhsm", result.query, x)
-    q_nope, q_rope = q[..., : result.d_nope], result._turn(q[..., result.d_nope :])
-    key = result._turn(code[:, None, :, result.rank :])[:, 0]
+    angles = turns(result.inv_freq, q)
+    q_nope, q_rope = q[..., : result.d_nope], turned(q[..., result.d_nope :], *angles)
+    key = turned(code[:, None, :, result.rank :], *angles)[:, 0]
     outs = [
         latent_attention_reference(
             q_nope, q_rope, code[..., : result.rank], key, result.w_uk, result.w_uv, None,

@@ -15,7 +15,7 @@ from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.refit import Window, output_fit, refit, with_output
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import SourceLayer
-from tests.passes.mla.layers import relative, source, statistics, text, weights_of
+from tests.passes.mla.layers import apart, relative, source, statistics, text, weights_of
 
 
 def small(layer: SourceLayer) -> LatentLayer:
@@ -132,6 +132,11 @@ def test_every_query_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.target.shape[1] for part in parts] == [8, 20, 20, 8]
     assert torch.equal(torch.cat([part.target for part in parts[1:]], 1), window.target)
     assert torch.equal(torch.cat([part.weights for part in parts[1:]], 1), window.weights)
+    far = apart(*x.shape[:2], 90)
+    moved = Window(x, layer.attend(x, far), weights_of(x), far)
+    found = torch.cat([moved.example(start, layer, turn).output({}) for turn in (6, 7, 8)], 1)
+    assert relative(found, start.attend(layer, x, positions=far)) < 1e-12
+    assert relative(found, start.attend(layer, x)) > 1e-3
     whole = window.example(start, layer).output({})
     assert relative(torch.cat([part.output({}) for part in parts[1:]], 1), whole) < 1e-12
 

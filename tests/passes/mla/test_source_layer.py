@@ -12,7 +12,7 @@ from attnopt.passes.mla.support import obstacle
 from attnopt.rewriter.interpret import LayerRunner
 from attnopt.rewriter.site import AttentionSite, CacheSpec, MaskSpec, NormSpec
 from tests import models
-from tests.passes.mla.layers import GRIDS, relative, source, text
+from tests.passes.mla.layers import GRIDS, apart, relative, source, text
 
 CONVERTIBLE = (
     "llama", "llama-mha", "llama-mqa", "llama-llama3", "llama-wide-heads", "mistral-full", "qwen2", "qwen3", "phi3",
@@ -20,11 +20,14 @@ CONVERTIBLE = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("gap", [0, 19])
 @pytest.mark.parametrize("family", CONVERTIBLE)
-def test_it_computes_what_the_program_computes(family: str) -> None:
+def test_it_computes_what_the_program_computes(family: str, gap: int) -> None:
     _, program = models.captured(family)
     runner = LayerRunner(program)
-    env = runner.start(models.inputs(family))
+    inputs = models.inputs(family)
+    positions = apart(*inputs["input_ids"].shape, gap)
+    env = runner.start({**inputs, "position_ids": positions})
     segment = runner.layers[1]
     with torch.no_grad(), runner.load(runner.layers[0]) as first:
         env = first.advance(env)
@@ -32,7 +35,7 @@ def test_it_computes_what_the_program_computes(family: str) -> None:
         assert segment.site is not None
         values = loaded.evaluate_all(env, [segment.site.nodes.input, segment.site.nodes.output])
         layer = read_source(segment.site, loaded.weight)
-        found = layer.attend(values[segment.site.nodes.input])
+        found = layer.attend(values[segment.site.nodes.input], positions if gap else None)
     assert relative(found, values[segment.site.nodes.output]) < 1e-5
 
 

@@ -12,15 +12,15 @@ from attnopt.errors import UnsupportedError
 from attnopt.passes.common.stream import token_weights
 from attnopt.passes.mla.source_layer import SourceLayer
 from attnopt.passes.mla.statistics import LayerStatistics, Moment, stride_for
-from tests.passes.mla.layers import relative, source, statistics, text, weights_of
+from tests.passes.mla.layers import apart, relative, source, statistics, text, weights_of
 
 
-def dense(layer: SourceLayer, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def dense(layer: SourceLayer, x: Tensor, weights: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The sums by their definition, for one window, with everything materialised."""
     plain, keys, values = layer.queries(x)[0], layer.keys(x), layer.values(x)
     u = layer.encoder_input(x, keys, values)[0]
     group = layer.group_of
-    q, k, v = layer.rotate(plain[None])[0], layer.rotate(keys)[0][group], values[0][group]
+    q, k, v = layer.rotate(plain[None], positions)[0], layer.rotate(keys, positions)[0][group], values[0][group]
     n = x.shape[1]
     logits = torch.einsum("hid,hjd->hij", q, k) * layer.scale
     hidden = torch.ones(n, n).triu(1).bool()
@@ -28,7 +28,7 @@ def dense(layer: SourceLayer, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     o = torch.einsum("hij,hjv->hiv", a, v)
     effect = torch.einsum("Dhv,hijv->hijD", layer.w_o, v[:, None] - o[:, :, None]).pow(2).sum(-1)
     omega = weights[0][:, None] * a**2 * effect
-    delta = (torch.arange(n)[None, :] - torch.arange(n)[:, None])[..., None] * layer.inv_freq
+    delta = (positions[0][None, :] - positions[0][:, None])[..., None] * layer.inv_freq
     per_head = torch.einsum("hij,jp,jq->hpq", omega, u, u)
     averages = torch.einsum("hij,jp->hip", a, u)
     groups = [group == g for g in range(layer.groups)]
@@ -42,15 +42,17 @@ def dense(layer: SourceLayer, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("gap", [0, 31])
 @pytest.mark.parametrize("form", ["outputs", "inputs", "bias", "norms"])
-def test_streamed_sums_are_the_dense_ones(form: str) -> None:
+def test_streamed_sums_are_the_dense_ones(form: str, gap: int) -> None:
     layer = source(4, 2, 6, d_v=4, width=40 if form == "outputs" else 12, bias=form == "bias", norms=form == "norms")
     assert layer.by_outputs == (form != "inputs")
     x = text(layer, batch=1, length=20)
     weights = weights_of(x).double()
     found = LayerStatistics(layer, stride=1)
-    found.update(x, weights)
-    expected = dense(layer, x, weights)
+    positions = apart(1, 20, gap)
+    found.update(x, weights, positions if gap else None)
+    expected = dense(layer, x, weights, positions)
     assert relative(found.queries, expected["queries"]) < 1e-6
     assert relative(found.phase, expected["phase"]) < 1e-6
     assert relative(found.keys.second, expected["keys"]) < 1e-6
