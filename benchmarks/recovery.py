@@ -103,6 +103,7 @@ def far(arguments: argparse.Namespace, outs: list[Path]) -> list[dict[str, Any]]
         texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),),
         windows=1,
         long_context=arguments.long_context,
+        long_windows=arguments.long_windows,
         passkey=PasskeySpec(tuple(arguments.passkey)) if arguments.passkey else None,
         sample_tokens=1,
     )
@@ -151,6 +152,7 @@ def main() -> None:
     options.add_argument("--calib", choices=("text", "self"), default="text")
     options.add_argument("--passkey", type=int, action="append", help="tokens of a text to find a number in")
     options.add_argument("--long-context", type=int, help="perplexity by position in windows of so many tokens")
+    options.add_argument("--long-windows", type=int, default=4, help="of --long-context")
     options.add_argument("--plot", type=Path, help="HTML page to write")
     add_only(options)
     arguments = options.parse_args()
