@@ -102,6 +102,13 @@ def kept_row(
     return row
 
 
+def models_of(arguments: argparse.Namespace, outs: list[Path]) -> tuple[Any, ...]:
+    """The original, and the directories made from it under their names."""
+    from attnopt.evaluate import ModelSpec
+
+    return (ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs))
+
+
 def judged(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], outs: list[Path], own_text: Path | None = None
 ) -> list[dict[str, Any]]:
@@ -112,11 +119,11 @@ def judged(
         rows, outs: of the conversions.
         own_text: text that the original wrote, to judge by as well (`own_text` of the rows).
     """
-    from attnopt.evaluate import Job, ModelSpec, TextSpec, evaluate
+    from attnopt.evaluate import Job, TextSpec, evaluate
 
     own = () if own_text is None else (TextSpec(str(own_text)),)
     job = Job(
-        models=(ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs)),
+        models=models_of(arguments, outs),
         texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5), *own),
         window=arguments.window,
         windows=arguments.windows,

@@ -22,7 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from judging import add_only, asked_for, calibration, document, first_half, folder_of, judged, kept_row, parser
+from judging import (
+    add_only,
+    asked_for,
+    calibration,
+    document,
+    first_half,
+    folder_of,
+    judged,
+    kept_row,
+    models_of,
+    parser,
+)
 
 #: ln(perplexity ratio) to reach on SmolLM2-135M by pipeline: (refit, 250,000 tokens, 1,000,000 tokens).
 FLOORS = {
@@ -94,13 +105,13 @@ def written(arguments: argparse.Namespace, folder: Path) -> Path:
 
 def far(arguments: argparse.Namespace, outs: list[Path]) -> list[dict[str, Any]]:
     """For each directory what long texts tell: passkeys found by length, and ln(perplexity ratio) by position."""
-    from attnopt.evaluate import Job, ModelSpec, PasskeySpec, TextSpec, evaluate
+    from attnopt.evaluate import Job, PasskeySpec, TextSpec, evaluate
 
     if not (arguments.passkey or arguments.long_context):
         return [{} for _ in outs]
     job = Job(
-        models=(ModelSpec("original", arguments.model), *(ModelSpec(out.name, str(out)) for out in outs)),
-        texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),),
+        models=models_of(arguments, outs),
+        texts=(TextSpec(str(arguments.text), wikitext=True, start=0.5),) if arguments.long_context else (),
         windows=1,
         long_context=arguments.long_context,
         long_windows=arguments.long_windows,

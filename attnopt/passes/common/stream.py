@@ -47,7 +47,7 @@ class Batch:
         held_out: True for windows that results are judged by, False for those they are fitted on.
         count: how many tokens each of its tokens stands for.
         lone: True for windows of one token.
-        positions: of the tokens [B, S]; None for 0 ... S-1.
+        positions: of the tokens [B, S], rising.
         passed: how many layers it has gone through.
     """
 
@@ -55,7 +55,7 @@ class Batch:
     held_out: bool
     count: float
     lone: bool
-    positions: Tensor | None = None
+    positions: Tensor
     passed: int = 0
 
 
@@ -75,15 +75,15 @@ def first_tokens(windows: Tensor) -> Tensor:
     return torch.cat([windows[:, 0], inner]).unique()[:, None]
 
 
-def reach_of(program: Program) -> int | None:
-    """How long a text the model is promised to read; None if that is unknown, or some layers see a window alone.
+def reach_of(program: Program) -> int:
+    """How long a text the model is promised to read; 0 if that is unknown, or some layers see a window alone.
 
     Layers with a sliding window count tokens, so that tokens that were moved away would still be seen.
     """
     if any(site.mask.window is not None for site in program.site_list):
-        return None
+        return 0
     known = program.config.get("max_position_embeddings")
-    return known if isinstance(known, int) else None
+    return known if isinstance(known, int) else 0
 
 
 def spaced(count: int, length: int, reach: int) -> Tensor:
@@ -96,7 +96,7 @@ def spaced(count: int, length: int, reach: int) -> Tensor:
 
     Args:
         count, length: of the windows.
-        reach: the longest text; positions stay below it.
+        reach: the longest text; positions stay below it. No gaps if windows are as long.
     """
     positions = torch.arange(length).repeat(count, 1)
     room = reach - length
@@ -119,7 +119,7 @@ class Stream:
         held_out: [m, S] token ids to judge by; may be empty.
         keep: type in which the residual stream is kept between layers.
         spread: of several processes, each takes its share of the windows; sums over them are the caller's to make.
-        reach: some windows' positions are to span up to so many tokens, see `spaced`; None for none.
+        reach: some windows' positions are to span up to so many tokens, see `spaced`; 0 for none.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Stream:
         keep: torch.dtype,
         *,
         spread: bool = False,
-        reach: int | None = None,
+        reach: int = 0,
     ) -> None:
         self.runner = runner
         self.keep = keep
@@ -139,19 +139,15 @@ class Stream:
             starts = first_tokens(ids)
             share = FIRST_TOKEN_SHARE * ids.numel() / max(1, len(starts))
             for these, count in ((ids, 1.0), (starts, share)):
-                positions = spaced(len(these), these.shape[1], reach) if reach is not None else None
                 own = parallel.share_of(len(these)) if spread else slice(None)
-                self._add(these[own], None if positions is None else positions[own], held, count)
+                self._add(these[own], spaced(len(these), these.shape[1], reach)[own], held, count)
         runner.close()
 
-    def _add(self, ids: Tensor, positions: Tensor | None, held_out: bool, count: float) -> None:
-        at_once = max(1, TOKENS_AT_ONCE // max(1, ids.shape[1]))
-        for start in range(0, len(ids), at_once):
-            given = {"input_ids": ids[start : start + at_once]}
-            if positions is not None:
-                given["position_ids"] = positions[start : start + at_once]
-            env = self._store(self.runner.start(given))
-            self.batches.append(Batch(env, held_out, count, ids.shape[1] == 1, given.get("position_ids")))
+    def _add(self, ids: Tensor, positions: Tensor, held_out: bool, count: float) -> None:
+        at_once = max(1, TOKENS_AT_ONCE // ids.shape[1])
+        for part, places in zip(ids.split(at_once), positions.split(at_once), strict=True) if len(ids) else ():
+            env = self._store(self.runner.start({"input_ids": part, "position_ids": places}))
+            self.batches.append(Batch(env, held_out, count, ids.shape[1] == 1, places))
 
     def weights(self, batch: Batch, output: Tensor) -> Tensor:
         """Token weights of a batch [B, S], for the output of the layer's attention [B, S, D]."""

@@ -291,9 +291,8 @@ class _LayerJob:
 
         def window(place: int, rows: slice) -> Window:
             x = self._input(batches[place])[rows]
-            positions = batches[place].positions
-            positions = None if positions is None else positions[rows]
-            return Window(x, self.outputs[place][rows].to(x.dtype), self.weights[place][rows], positions)
+            target, weights = self.outputs[place][rows].to(x.dtype), self.weights[place][rows]
+            return Window(x, target, weights, batches[place].positions[rows])
 
         def make(index: int) -> list[Window]:
             share = slice(index, None, len(texts))

@@ -6,7 +6,6 @@ are pairs of angle 0, factors on cos and sin are folded into queries and keys.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -187,24 +186,16 @@ class SourceLayer:
 
 
 def turns(inv_freq: Tensor, heads: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles by which heads turn, computed in float64: [S, F], or [B, 1, S, F].
+    """Cosine and sine [B or 1, 1, S, F] of the angles by which heads turn, computed in float64.
 
     Args:
         inv_freq: [F] angle per position.
         heads: [B, N, S, ...], what is to be turned.
         positions: [B, S]; by default 0 ... S-1.
     """
-    if positions is None:
-        return _turns(tuple(inv_freq.tolist()), heads.shape[2], heads.dtype, heads.device)
+    positions = torch.arange(heads.shape[2])[None] if positions is None else positions
     angle = positions.to(heads.device, torch.float64)[:, None, :, None] * inv_freq.to(heads.device)
     return angle.cos().to(heads.dtype), angle.sin().to(heads.dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _turns(inv_freq: tuple[float, ...], length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # kept tensors must also serve a backward pass
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
-        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

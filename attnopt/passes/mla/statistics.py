@@ -166,8 +166,9 @@ class LayerStatistics:
         if x.shape[1] == 1:
             self._add_lone(x[:, 0], weights[:, 0])
             return
+        positions = torch.arange(x.shape[1]).expand(x.shape[:2]) if positions is None else positions
         for row in range(x.shape[0]):
-            window = self._attend(x[row : row + 1], weights[row], None if positions is None else positions[row, None])
+            window = self._attend(x[row : row + 1], weights[row], positions[row : row + 1])
             self._add_keys(window)
             self._add_values(window)
             self.input_mean += (weights[row].to(x.dtype) @ window.inputs).double()
@@ -222,7 +223,7 @@ class LayerStatistics:
         share = (length - 1) / max(1, len(rest))
         return torch.cat([torch.zeros(1, dtype=torch.long), rest]), torch.tensor([1.0] + [share] * len(rest))
 
-    def _attend(self, x: Tensor, weights: Tensor, positions: Tensor | None = None) -> _Window:
+    def _attend(self, x: Tensor, weights: Tensor, positions: Tensor) -> _Window:
         layer = self.layer
         length = x.shape[1]
         at, share = self._sampled(length, self._place(length))
@@ -242,8 +243,7 @@ class LayerStatistics:
         effect = (own[:, None, :] + out[:, :, None] - 2 * mixed @ carried.mT).clamp_(min=0)
         counted = weights[at] * share.to(weights)
         sensitivity = effect.mul_(attention).mul_(attention).mul_(counted[:, None])
-        places = torch.arange(length) if positions is None else positions[0]
-        angle = places.to(x.device, torch.float64)[:, None] * layer.inv_freq
+        angle = positions[0].to(x.device, torch.float64)[:, None] * layer.inv_freq
         turns = torch.polar(torch.ones_like(angle), angle)
         return _Window(inputs, plain[0][:, at], counted, attention, sensitivity, at, turns)
 

@@ -64,14 +64,18 @@ class Distill(Pass):
     )
     teacher: str | None = option(None, help="another model to learn from, with the same tokenizer; a directory or id")
 
-    def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
-        """What is trained; weights as they will be after the passes before are not known yet.
+    def check(self, program: Program) -> None:
+        """Refuse a teacher that does not fit, before the passes in front of this one work.
 
         Raises:
-            OptionError, SourceError: the teacher does not fit or cannot be read, said here before other passes work.
+            OptionError: it has another vocabulary.
+            SourceError: it cannot be read.
         """
         if self.teacher is not None:
             teacher_source(self.teacher, program)
+
+    def plan(self, program: Program, profiles: Mapping[str, Any]) -> Plan:
+        """What is trained; weights as they will be after the passes before are not known yet."""
         what = self.parameters if isinstance(self.parameters, str) else " ".join(self.parameters)
         edits = tuple(
             SitePlan(site.fqn, {"train": what}, (site.cached_numbers_per_token,) * 2) for site in program.site_list

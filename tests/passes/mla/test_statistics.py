@@ -118,7 +118,7 @@ def test_windows_of_one_token_count_like_any_others(pooled: bool) -> None:
     at_once, generic = LayerStatistics(layer, 1, pooled), LayerStatistics(layer, 1, pooled)
     at_once.update(x, weights_of(x))
     for row in range(6):
-        window = generic._attend(x[row : row + 1], weights_of(x)[row])
+        window = generic._attend(x[row : row + 1], weights_of(x)[row], torch.zeros(1, 1))
         generic._add_keys(window)
         generic._add_values(window)
         generic.input_mean += (weights_of(x)[row].to(x.dtype) @ window.inputs).double()
