@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnopt.errors import UnsupportedError
 from attnopt.progress import Reporter
 
 if TYPE_CHECKING:
@@ -40,52 +42,88 @@ def from_files(source: ModelSource, calibration: CalibrationOptions, recovery: i
     )
 
 
-def self_written(
-    source: ModelSource,
-    calibration: CalibrationOptions,
-    options: RunOptions,
-    device: torch.device,
-    steps: StepStore,
-    recovery: int,
-    reporter: Reporter,
-) -> Calibration:
-    """Text that the model writes, or wrote before the run was interrupted."""
-    from dataclasses import replace
+@dataclass(frozen=True)
+class Author:
+    """The model as a writer of text, which is kept while the run is not finished.
 
-    from attnopt.profiles.calibration import Calibration, self_sampled
-    from attnopt.profiles.recovery import self_written
-    from attnopt.rewriter.weights import WeightStore, evaluate
+    Attributes:
+        source, calibration, options, device: of the run.
+        steps: keeps what is written.
+        reporter: told of the tokens.
+    """
 
-    budget = options.memory_budget * 1e9 if options.memory_budget else None
-    if CALIBRATION_STEP in steps.steps_done():
-        values, record = steps.load(CALIBRATION_STEP)
-        saved = WeightStore(values)
-        text = Calibration(saved.get("windows"), saved.get("selection"), **record)
-    else:
-        reporter.say(f"the model writes {calibration.tokens:,} tokens of calibration text")
-        text = self_sampled(
-            source, calibration.tokens, calibration.context, calibration.seed,
-            device=str(device), memory_budget=budget, reporter=reporter,
-        )  # fmt: skip
+    source: ModelSource
+    calibration: CalibrationOptions
+    options: RunOptions
+    device: torch.device
+    steps: StepStore
+    reporter: Reporter
+
+    def complete(self, text: Calibration | None, needed: bool, learned: int) -> Calibration | None:
+        """The text of the run, with what the model writes of it, or wrote before the run was interrupted.
+
+        Args:
+            text: of files, with what was left of them in `recovery`; None if there are none.
+            needed: whether the run needs calibration text.
+            learned: tokens to learn from beside that.
+
+        Raises:
+            UnsupportedError: calibration text is needed and the model cannot write.
+        """
+        if text is None and needed:
+            text = self._calibration()
+        return None if text is None else self._with_text_to_learn_from(text, learned)
+
+    def _calibration(self) -> Calibration:
+        from attnopt.profiles.calibration import Calibration, self_sampled
+        from attnopt.rewriter.weights import WeightStore
+
+        if CALIBRATION_STEP in self.steps.steps_done():
+            values, record = self.steps.load(CALIBRATION_STEP)
+            saved = WeightStore(values)
+            return Calibration(saved.get("windows"), saved.get("selection"), **record)
+        wanted = self.calibration
+        self.reporter.say(f"the model writes {wanted.tokens:,} tokens of calibration text")
+        text = self_sampled(self.source, wanted.tokens, wanted.context, wanted.seed, **self._how)
         pools = {"windows": text.windows, "selection": text.selection}
-        steps.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
-    if not recovery:
+        self.steps.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
         return text
 
-    def kept(part: int, write: Callable[[], torch.Tensor]) -> torch.Tensor:
-        step = f"{RECOVERY_STEP}-{part:04d}"
-        if step in steps.steps_done():
-            return evaluate(steps.load(step)[0]["windows"])
-        windows = write()
-        steps.save(step, {"windows": windows}, {})
-        return windows
+    def _with_text_to_learn_from(self, text: Calibration, tokens: int) -> Calibration:
+        """With what is missing of it, once what was left of the files and their calibration windows have been read."""
+        own = text.recovery
+        missing = tokens if own is None else tokens - own.numel() - text.windows.numel()
+        if missing <= 0:
+            return text
+        self.reporter.say(f"the model writes {missing:,} tokens to learn from")
+        try:
+            written = self._written(missing)
+        except UnsupportedError as reason:
+            if own is None:
+                raise
+            self.reporter.warn(f"the files have too little text to learn from, so it will come again: {reason}")
+            return text
+        return text.with_recovery(written)
 
-    reporter.say(f"the model writes {recovery:,} tokens to learn from")
-    windows = self_written(
-        source, recovery, calibration.context, calibration.seed, kept,
-        device=str(device), memory_budget=budget, reporter=reporter,
-    )  # fmt: skip
-    return replace(text, recovery=windows)
+    def _written(self, tokens: int) -> torch.Tensor:
+        from attnopt.profiles.recovery import self_written
+        from attnopt.rewriter.weights import evaluate
+
+        def kept(part: int, write: Callable[[], torch.Tensor]) -> torch.Tensor:
+            step = f"{RECOVERY_STEP}-{part:04d}"
+            if step in self.steps.steps_done():
+                return evaluate(self.steps.load(step)[0]["windows"])
+            windows = write()
+            self.steps.save(step, {"windows": windows}, {})
+            return windows
+
+        return self_written(self.source, tokens, self.calibration.context, self.calibration.seed, kept, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        gigabytes = self.options.memory_budget
+        budget = gigabytes * 1e9 if gigabytes else None
+        return {"device": str(self.device), "memory_budget": budget, "reporter": self.reporter}
 
 
 def describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
@@ -95,4 +133,5 @@ def describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[
         found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
         if text.recovery is not None:
             found["recovery_tokens"] = text.recovery.numel()
+            found["recovery_tokens_written"] = text.recovery_written * text.context
     return found

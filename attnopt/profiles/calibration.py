@@ -45,6 +45,7 @@ class Calibration:
         sha256: hash of all token ids and of how they are divided.
         seed: of the sampling.
         recovery: int64 [k, context], disjoint from both, to learn from; None if no pass asked for it.
+        recovery_written: how many of those windows the model wrote.
     """
 
     windows: Tensor
@@ -53,6 +54,7 @@ class Calibration:
     sha256: str
     seed: int
     recovery: Tensor | None = None
+    recovery_written: int = 0
 
     @property
     def context(self) -> int:
@@ -63,6 +65,11 @@ class Calibration:
     def tokens(self) -> int:
         """Tokens in both pools."""
         return self.windows.numel() + self.selection.numel()
+
+    def with_recovery(self, written: Tensor) -> Calibration:
+        """With windows [n, context] to learn from that the model wrote, behind those that are there."""
+        there = self.windows[:0] if self.recovery is None else self.recovery
+        return replace(self, recovery=torch.cat([there, written]), recovery_written=len(written))
 
 
 def divide(ids: Tensor, source: str, seed: int) -> Calibration:

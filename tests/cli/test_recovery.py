@@ -120,6 +120,34 @@ def test_text_to_learn_from_is_written_by_the_model(cli: Cli, model: Path, tmp_p
     assert document["calibration"]["recovery_tokens"] == 640
 
 
+def test_where_a_file_has_too_little_the_model_writes_the_rest(cli: Cli, model: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("ab" * 640)
+    pipeline = 'share{layers="1" fill=none},distill{tokens=2048 batch=128}'
+    size = ["--calib", short, "--calib-tokens", "1024", "--context", "32"]
+    document = cli("run", model, "-p", pipeline, *size, "-o", tmp_path / "out", "--json").document
+    calibration = document["calibration"]
+    # 1,280 tokens: an eighth of 1,024 is chosen by, 896 are calibrated on and learned from, 256 are left to learn from.
+    assert calibration["source"] == "short.txt"
+    assert calibration["recovery_tokens_written"] == 2048 - 256 - 896
+    assert calibration["recovery_tokens"] == 2048 - 896
+    (summary,) = (v for k, v in document["summary"].items() if k.startswith("distill"))
+    assert summary["text_tokens"] == 2048
+
+
+def test_a_model_that_cannot_write_learns_from_the_same_text_again(cli: Cli, tmp_path: Path) -> None:
+    encoder = models.save("bert", tmp_path / "model", vocab_size=256)
+    save_byte_tokenizer(encoder)
+    short = tmp_path / "short.txt"
+    short.write_text("abcd" * 320)
+    pipeline = 'share{layers="1" fill=none},distill{tokens=2048 batch=128}'
+    size = ["--calib", short, "--calib-tokens", "1024", "--context", "32"]
+    found = cli("run", encoder, "-p", pipeline, *size, "-o", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    assert "come again" in found.err
+    assert found.document["calibration"]["recovery_tokens_written"] == 0
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_curve(cli: Cli, model: Path, text: Path, tmp_path: Path) -> None:
     assert cli(*arguments(model, text, tmp_path / "whole")).code == 0

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
+from attnopt.passes.common.positions import reach_of
 from attnopt.passes.common.refit import default_epochs
-from attnopt.passes.common.stream import Batch, Stream, reach_of
+from attnopt.passes.common.stream import Batch, Stream
 from attnopt.passes.mla.budget import Split, best_split
 from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.probe import Probe, look

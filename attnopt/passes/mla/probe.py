@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.passes.common.stream import Stream, reach_of
+from attnopt.passes.common.positions import reach_of
+from attnopt.passes.common.stream import Stream
 from attnopt.passes.mla.budget import HeldOut, Split, split_errors
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.source_layer import read_source

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.common.moments import check_text
 from attnopt.passes.common.peaks import with_peaks
+from attnopt.passes.common.positions import reach_of
 from attnopt.passes.repair.loss import Kind
 from attnopt.passes.repair.parameters import Selection, select
 from attnopt.passes.repair.student import Model, Pool
@@ -116,8 +117,9 @@ class Distill(Pass):
         shard(teacher, student)
         windows, repeated = self._windows(context)
         training = Training(
-            student, teacher, windows, context.calibration.selection, self._settings(kind, context), context
-        )
+            student, teacher, windows, context.calibration.selection, self._settings(kind, context), context,
+            min(reach_of(program), reach_of(target)),
+        )  # fmt: skip
         history = training.run()
         after = _with_changes(program, student) if history.best[0] else program
         changed = sites_differing(program, after)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.positions import spaced
 from attnopt.passes.repair.loss import Kind, divergence
 from attnopt.passes.repair.state import State, load_state, save_state
 from attnopt.passes.repair.student import Head, Model
@@ -116,6 +117,7 @@ class Training:
         held_out: [m, S] token ids to judge by.
         settings: how.
         context: device, progress, and where states are kept.
+        reach: some windows' positions are to span up to so many tokens, see `spaced`; 0 for none.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Training:
         held_out: Tensor,
         settings: Settings,
         context: PassContext,
+        reach: int = 0,
     ) -> None:
         self.student, self.teacher, self.settings, self.context = student, teacher, settings, context
         self.windows, self.held_out = windows, _some(held_out, HELD_OUT_TOKENS)
@@ -134,6 +137,9 @@ class Training:
         self.per_step = world * max(1, round(settings.batch / (length * world)))
         self.steps = max(1, math.ceil(settings.tokens / (self.per_step * length)))
         self.rows = max(1, TOKENS_AT_ONCE[context.device.type] // length)
+        # A window that comes again comes at other positions.
+        self.positions = spaced(self.steps * self.per_step, length, reach)
+        self.held_out_positions = spaced(len(self.held_out), length, reach)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=RATES[0], betas=(0.9, 0.95), weight_decay=settings.decay
@@ -181,12 +187,14 @@ class Training:
 
     def _one_step(self) -> float:
         """Mean loss of the step's tokens."""
-        chosen = self.windows[self._indices()[parallel.share_of(self.per_step)]]
+        share = parallel.share_of(self.per_step)
+        places = self._places()
+        chosen, positions = self.windows[self._indices()[share]], self.positions[places.start : places.stop][share]
         self._set_rate()
         self.optimizer.zero_grad()
         total = 0.0
-        for part in chosen.split(self.rows):
-            loss = self._loss(part) / chosen.numel()
+        for part, at in zip(chosen.split(self.rows), positions.split(self.rows), strict=True):
+            loss = self._loss(part, at) / chosen.numel()
             loss.backward()
             total += float(loss.detach())
         if not _is_sharded(self.student):
@@ -196,9 +204,9 @@ class Training:
             self.optimizer.step()
         return mean
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Sum of the loss over some windows, divided between the processes that hold the same weights."""
-        inputs = {"input_ids": ids}
+        inputs = {"input_ids": ids, "position_ids": positions}
         with torch.no_grad():
             reference: Head = self.teacher(inputs, _itself)
         result: Tensor = self.student(inputs, lambda head: divergence(head, reference, self.settings.kind))
@@ -206,11 +214,12 @@ class Training:
 
     def _indices(self) -> Tensor:
         """Windows of this step: all text is gone through before any of it comes again."""
-        n, start = len(self.windows), self.step * self.per_step
-        found = []
-        for place in range(start, start + self.per_step):
-            found.append(self._order(place // n)[place % n])
-        return torch.stack(found)
+        n = len(self.windows)
+        return torch.stack([self._order(place // n)[place % n] for place in self._places()])
+
+    def _places(self) -> range:
+        """Which windows of the whole run this step takes."""
+        return range(self.step * self.per_step, (self.step + 1) * self.per_step)
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
@@ -237,13 +246,16 @@ class Training:
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
-        own = self.held_out[parallel.share_of(len(self.held_out))]
+        share = parallel.share_of(len(self.held_out))
+        own, positions = self.held_out[share], self.held_out_positions[share]
         # Sharded models exchange weights in every pass, so that all processes must make equally many.
         rounds = math.ceil(math.ceil(len(self.held_out) / parallel.world()) / self.rows)
         total, count = 0.0, 0.0
         for place in range(rounds):
-            part = own[place * self.rows : (place + 1) * self.rows]
-            loss = float(self._loss(part if len(part) else self.held_out[:1]))
+            rows = slice(place * self.rows, (place + 1) * self.rows)
+            part = own[rows]
+            given = (part, positions[rows]) if len(part) else (self.held_out[:1], self.held_out_positions[:1])
+            loss = float(self._loss(*given))
             total, count = (total + loss, count + part.numel()) if len(part) else (total, count)
         total, count = parallel.sum_of(total, count)
         return total / count

@@ -9,15 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnopt.passes.common.positions import LEAST_GAP, SPACED, reach_of, spaced
 from attnopt.passes.common.stream import (
     FIRST_TOKEN_SHARE,
     FIRST_TOKEN_STRIDE,
-    LEAST_GAP,
-    SPACED,
     Stream,
     first_tokens,
-    reach_of,
-    spaced,
 )
 from attnopt.progress import Silent
 from attnopt.rewriter.interpret import LayerRunner

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.errors import OptionError
 from attnopt.passes.common.free import lane_of
+from attnopt.passes.common.positions import reach_of
 from attnopt.passes.repair.distill import Distill
 from attnopt.passes.repair.loss import divergence
 from attnopt.passes.repair.parameters import select, step_size
@@ -144,6 +145,30 @@ def test_the_rate_follows_from_the_distance() -> None:
     near = distil(original, original, {"rate": None}).summary
     assert near["rate"] == RATES[0]
     assert distil(program, original, {"rate": 0.02, "tokens": 128}).summary["rate"] == 0.02
+
+
+def test_windows_are_learned_from_at_long_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher and student see every second window with a gap, held-out ones too, and other gaps when it comes again."""
+    seen: list[Tensor] = []
+    forward = Model.forward
+
+    def watched(self: Model, inputs: dict[str, Tensor], then: Any) -> Any:
+        seen.append(inputs["position_ids"])
+        return forward(self, inputs, then)
+
+    monkeypatch.setattr(Model, "forward", watched)
+    original, program = converted()
+    reach = reach_of(program)
+    assert reach > 64
+    distil(program, original, {"tokens": 3 * 768, "checks": 1})  # the text has 768 tokens
+    theirs, ours = seen[::2], seen[1::2]
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    gaps = [bool((row.diff() > 1).any()) for part in ours for row in part]
+    assert sum(gaps) in (len(gaps) // 2, len(gaps) // 2 - 1)  # of an odd number of held-out windows fewer have one
+    assert max(int(part.max()) for part in ours) < reach
+    held_out, epoch = 1, 768 // 128
+    first, second = (torch.cat(ours[held_out + i * epoch : held_out + (i + 1) * epoch]) for i in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_patience_does_not_count_from_the_start() -> None:
