@@ -21,7 +21,7 @@ from attnopt.planning import (
 )
 from attnopt.progress import Reporter, Silent
 from attnopt.results import Conversion, PlanPreview
-from attnopt.texts import Author, describe, from_files, wanted_tokens
+from attnopt.texts import Author, author_of, describe, from_files, wanted_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def _measured(
 
     device, wanted = resolve_device(options.device), wanted_tokens(pipeline.passes)
     text = from_files(source, calibration, wanted) if calibration.files else None
-    author = Author(source, calibration, options, device, MemorySteps(), reporter)
+    author = Author(author_of(pipeline.passes, source), calibration, options, device, MemorySteps(), reporter)
     text = author.complete(text, needs_text(plans), wanted)
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
     results = pipeline.run(program, context, given=given).results
@@ -268,7 +268,7 @@ def _convert(
         plans = pipeline.plan(program, given, profiles)
         refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        author = Author(source, calibration, options, device, staging, reporter)
+        author = Author(author_of(pipeline.passes, source), calibration, options, device, staging, reporter)
         text = author.complete(text, needs_text(plans), wanted)
         settings["calibration"] = describe(calibration, text)
         text = parallel.from_first(text)

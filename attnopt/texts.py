@@ -27,6 +27,18 @@ def wanted_tokens(passes: Sequence[Pass]) -> int:
     return max((item.text_tokens for item in passes), default=0)
 
 
+def author_of(passes: Sequence[Pass], source: ModelSource) -> ModelSource:
+    """The model that writes what text is missing: what a pass asks for, or the one that is changed.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    from attnopt.rewriter.source import open_source
+
+    asked = [item.text_author for item in passes if item.text_author is not None]
+    return open_source(asked[0]) if asked else source
+
+
 def from_files(source: ModelSource, calibration: CalibrationOptions, recovery: int) -> Calibration:
     """Text of the files given.
 
@@ -47,7 +59,8 @@ class Author:
     """The model as a writer of text, which is kept while the run is not finished.
 
     Attributes:
-        source, calibration, options, device: of the run.
+        source: the model.
+        calibration, options, device: of the run.
         steps: keeps what is written.
         reporter: told of the tokens.
     """

@@ -210,6 +210,11 @@ class Pass(Item):
         """Tokens of text that it learns from, beside the calibration text."""
         return 0
 
+    @property
+    def text_author(self) -> str | None:
+        """Directory or id of the model that is to write what text is missing; None for the one that is changed."""
+        return None
+
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """The plan that a plan file spells out: only the layers it names, as it says.
 

@@ -135,6 +135,16 @@ def test_where_a_file_has_too_little_the_model_writes_the_rest(cli: Cli, model: 
     assert summary["text_tokens"] == 2048
 
 
+def test_the_teacher_writes_what_is_learned_from(cli: Cli, model: Path, tmp_path: Path) -> None:
+    size = ["--calib-tokens", "512", "--context", "32"]
+    silent = 'share{layers="1" fill=none},distill{tokens=640 batch=128}'
+    cli("run", model, "-p", 'share{layers="1" fill=none}', *size, "-o", tmp_path / "shared")
+    taught = f'distill{{tokens=640 batch=128 teacher="{model}"}}'
+    own = cli("run", model, "-p", silent, *size, "-o", tmp_path / "own", "--json").document
+    later = cli("run", tmp_path / "shared", "-p", taught, *size, "-o", tmp_path / "later", "--json").document
+    assert later["calibration"] == own["calibration"]  # its hash, too: the same model wrote it
+
+
 def test_a_model_that_cannot_write_learns_from_the_same_text_again(cli: Cli, tmp_path: Path) -> None:
     encoder = models.save("bert", tmp_path / "model", vocab_size=256)
     save_byte_tokenizer(encoder)

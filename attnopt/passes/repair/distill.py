@@ -95,6 +95,11 @@ class Distill(Pass):
         """As many as are learned from."""
         return self.tokens
 
+    @property
+    def text_author(self) -> str | None:
+        """The model to learn from writes as it speaks; one that was converted already writes worse."""
+        return self.teacher
+
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Train.
 
