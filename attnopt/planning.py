@@ -76,7 +76,7 @@ def predict_memory(program: Program, plans: Sequence[Plan], calibration: Calibra
 
     If the model writes its calibration text itself, it is in memory as a whole before; the larger phase counts.
     """
-    from attnopt.profiles.calibration import SAMPLING_CACHE_BYTES, sampling_dtype
+    from attnopt.profiles.writing import SAMPLING_CACHE_BYTES, sampling_dtype
     from attnopt.rewriter.segments import assign_segments
 
     segments = assign_segments(program)

@@ -113,9 +113,10 @@ def make_prompts(
         OptionError: an image model, and no pictures are given.
         SourceError: a file cannot be read.
     """
-    from attnopt.profiles.calibration import from_files, self_sampled
+    from attnopt.profiles.calibration import from_files
     from attnopt.profiles.images import image_prompts
     from attnopt.profiles.prompts import Prompts
+    from attnopt.profiles.writing import self_sampled
 
     if "pixel_values" in program.inputs:
         return image_prompts(source, program, calibration.files, PICTURES, calibration.seed)

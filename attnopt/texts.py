@@ -88,7 +88,8 @@ class Author:
         return None if text is None else self._with_text_to_learn_from(text, learned)
 
     def _calibration(self) -> Calibration:
-        from attnopt.profiles.calibration import Calibration, self_sampled
+        from attnopt.profiles.calibration import Calibration
+        from attnopt.profiles.writing import self_sampled
         from attnopt.rewriter.weights import WeightStore
 
         if CALIBRATION_STEP in self.steps.steps_done():
@@ -119,7 +120,7 @@ class Author:
         return text.with_recovery(written)
 
     def _written(self, tokens: int) -> torch.Tensor:
-        from attnopt.profiles.recovery import self_written
+        from attnopt.profiles.writing import self_written
         from attnopt.rewriter.weights import evaluate
 
         def kept(part: int, write: Callable[[], torch.Tensor]) -> torch.Tensor:

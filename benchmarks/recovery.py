@@ -94,7 +94,7 @@ def written(arguments: argparse.Namespace, folder: Path) -> Path:
     """Text that the original writes, other than any that is learned from."""
     path = folder / "written.txt"
     if not path.exists():
-        from attnopt.profiles.calibration import Writer
+        from attnopt.profiles.writing import Writer
         from attnopt.rewriter.source import open_source
 
         source = open_source(arguments.model)

@@ -1,4 +1,4 @@
-"""Calibration text: windows of token ids from files, or sampled from the model itself.
+"""Calibration text: windows of token ids from files; `writing` has those that the model writes itself.
 
 Every Calibration holds two disjoint pools. `windows` are for statistics, `selection` is for choosing between results
 (rank against rotary width, stopping a fit). Text on which a result is reported belongs to neither.
@@ -15,23 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.errors import OptionError, SourceError, UnsupportedError
-from attnopt.progress import Reporter, Silent, bar
-from attnopt.rewriter.precision import multiplies_bfloat16
+from attnopt.errors import OptionError, SourceError
 
 if TYPE_CHECKING:
-    from attnopt.rewriter.source import ModelSource
+    pass
 
 #: Of these many windows, one is kept for selection.
 SELECTION_EVERY = 8
 
 #: No more than this is read of one file: tokenising more takes minutes and the windows are spread over it anyway.
 MAX_FILE_BYTES = 16 << 20
-
-#: Sequences sampled side by side at most, and what their caches may take together. A larger batch reads the weights
-#: less often, but a large model's caches soon outgrow the model itself.
-SAMPLING_BATCH = 64
-SAMPLING_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -115,8 +108,8 @@ def from_files(
         SourceError: a file is missing, not UTF-8 text, or empty.
         OptionError: there is too little text for two windows, or `tokens` or `context` make no sense.
     """
-    _check_sizes(tokens, context)
-    frame = _text_frame(tokenizer)
+    check_sizes(tokens, context)
+    frame = text_frame(tokenizer)
     body = context - len(frame[0]) - len(frame[1])
     streams = [_cut(_token_ids(tokenizer, Path(file)), body) for file in files]
     ids, rest = _shares(streams, tokens // context)
@@ -147,7 +140,12 @@ def _framed(windows: Tensor, frame: tuple[Sequence[int], Sequence[int]]) -> Tens
     return torch.cat([before, windows, behind], dim=1)
 
 
-def _check_sizes(tokens: int, context: int) -> None:
+def check_sizes(tokens: int, context: int) -> None:
+    """Refuse sizes that make no sense.
+
+    Raises:
+        OptionError: a context below 8 tokens, or tokens for less than two windows.
+    """
     if context < 8:
         raise OptionError(f"a context of {context} tokens is too short to calibrate with", "give --context 128 or more")
     if tokens < 2 * context:
@@ -157,7 +155,7 @@ def _check_sizes(tokens: int, context: int) -> None:
         )
 
 
-def _text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer puts before and behind every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -196,202 +194,3 @@ def _last_whole_character(data: bytes) -> int:
 def _cut(ids: list[int], length: int) -> Tensor:
     count = len(ids) // length
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
-
-
-def self_sampled(
-    source: ModelSource,
-    tokens: int,
-    context: int,
-    seed: int = 0,
-    *,
-    device: str = "cpu",
-    memory_budget: float | None = None,
-    reporter: Reporter | None = None,
-) -> Calibration:
-    """Text that the model writes itself: sampled at temperature 1 from any first word.
-
-    Nothing has to be downloaded, and the text follows the distribution the model was trained on, chat models' included.
-    The sampling runs in bfloat16 where the machine multiplies it natively, else in float32. The same machine, seed and
-    thread count give the same text.
-
-    Args:
-        source: the model; one that generates text.
-        tokens, context: how much, and in windows of what length.
-        seed: of the sampling.
-        device: where to sample.
-        memory_budget: bytes the model may take in memory; sampling needs all of it at once.
-        reporter: told of the tokens sampled.
-
-    Raises:
-        UnsupportedError: if the model does not generate text or does not fit `memory_budget`.
-        OptionError: if `tokens` or `context` make no sense.
-    """
-    _check_sizes(tokens, context)
-    writer = Writer.of(source, device, memory_budget)
-    return divide(writer.write(tokens // context, context, seed, reporter), "self", seed)
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A model that writes text, and what its texts begin with.
-
-    Attributes:
-        model: a causal language model of transformers, on its device.
-        prefix, words: of `known_words`.
-    """
-
-    model: Any
-    prefix: Sequence[int]
-    words: Tensor
-
-    @classmethod
-    def of(cls, source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Writer:
-        """The source's model, loaded.
-
-        Raises:
-            UnsupportedError: as `sampler`.
-        """
-        return cls(sampler(source, device, memory_budget), *known_words(source))
-
-    def write(self, count: int, length: int, seed: int, reporter: Reporter | None = None) -> Tensor:
-        """Token ids [count, length]; see `sequence_starts` and `sample`."""
-        starts = sequence_starts(self.prefix, self.words, count, seed)
-        return sample(self.model, starts, length, seed=seed, reporter=reporter)
-
-
-def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:
-    """The model, ready to write text.
-
-    Raises:
-        UnsupportedError: if it does not generate text or does not fit `memory_budget`.
-    """
-    if not source.model_class.can_generate():
-        raise UnsupportedError(
-            f"{source.model_class.__name__} does not generate text, so it cannot write its own calibration text",
-            "give text files with --calib FILE",
-        )
-    dtype = sampling_dtype(device)
-    model = source.skeleton(dtype=dtype)
-    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    if memory_budget is not None and size > memory_budget:
-        raise UnsupportedError(
-            f"sampling calibration text needs the whole model in memory ({size / 1e9:.1f} GB), more than the memory "
-            f"budget of {memory_budget / 1e9:.1f} GB",
-            "give text files with --calib FILE, which needs one layer at a time, or raise --memory-budget",
-        )
-    materialize(model, source, dtype, device)
-    return model
-
-
-def sampling_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (measured: twice as fast), else float32."""
-    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-
-
-def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str) -> None:
-    """Fill a skeleton with the source's weights; parameters that share a tensor go on sharing it."""
-    loaded: dict[int, torch.nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in loaded:
-                full = f"{module_name}.{name}" if module_name else name
-                value = source.weights.get(full, dtype).to(device)
-                loaded[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
-            module._parameters[name] = loaded[id(parameter)]
-    model.to(device)
-
-
-def known_words(source: ModelSource) -> tuple[list[int], Tensor]:
-    """(what the tokenizer puts before a text, ids of all words that are not special).
-
-    Without a tokenizer that is nothing, and the whole vocabulary.
-    """
-    words = torch.arange(source.config.get_text_config().vocab_size)
-    if not source.has_tokenizer:
-        return [], words
-    tokenizer = source.tokenizer()
-    words = words[: len(tokenizer)]
-    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
-    return _text_frame(tokenizer)[0], words[~torch.isin(words, special)]
-
-
-def sequence_starts(prefix: Sequence[int], words: Tensor, count: int, seed: int) -> Tensor:
-    """What the sampled sequences begin with, [count, n]: what the tokenizer puts before a text, then any word.
-
-    Sequences from the start of a document only would all begin alike, and a model trained on chats would write chats.
-    A word drawn uniformly from the vocabulary leads to text of every kind (LLM-QAT, arXiv 2305.17888, section 3.1).
-
-    Args:
-        prefix, words: of `known_words`.
-        count: sequences.
-        seed: of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    first = words[torch.randint(len(words), (count, 1), generator=generator)]
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), first], dim=1)
-
-
-@torch.inference_mode()
-def sample(model: Any, prompts: Tensor, length: int, *, seed: int, reporter: Reporter | None = None) -> Tensor:
-    """Sample sequences at temperature 1, side by side.
-
-    Args:
-        model: a causal language model of transformers, on its device.
-        prompts: [count, n] what each sequence begins with.
-        length: tokens in each, the prompt included.
-        seed: of the random numbers, which are drawn on the CPU.
-        reporter: told of the tokens sampled.
-
-    Returns:
-        token ids [count, length], on the CPU.
-
-    Raises:
-        UnsupportedError: if the model's logits are not finite.
-    """
-    reporter = reporter or Silent()
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = sampling_batch(model.config, length, model.dtype.itemsize)
-    rows = []
-    with bar(reporter, "sampling calibration text", len(prompts) * length, "tokens") as handle:
-        for given in prompts.split(batch):
-            cache, ids, position = None, given, 0
-            sequence = [given]
-            reporter.advance(handle, given.numel())
-            while position + ids.shape[1] < length:
-                positions = torch.arange(position, position + ids.shape[1], device=model.device)
-                step = model(
-                    input_ids=ids.to(model.device),
-                    position_ids=positions.expand(len(ids), -1),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                cache, position = step.past_key_values, position + ids.shape[1]
-                ids = _draw(step.logits[:, -1, :vocabulary].float().cpu(), generator)
-                sequence.append(ids)
-                reporter.advance(handle, len(ids))
-            rows.append(torch.cat(sequence, dim=1))
-    return torch.cat(rows)
-
-
-def sampling_batch(config: Any, length: int, itemsize: int) -> int:
-    """How many sequences to sample side by side, so that their caches stay within `SAMPLING_CACHE_BYTES`."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    per_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
-    return max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (per_token * length)))
-
-
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row [B, 1], by inverting the cumulative distribution: one random number a row, not one a word."""
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        raise UnsupportedError(
-            "the model's logits are not finite, so it cannot write calibration text", "check its weights"
-        )
-    picked = torch.searchsorted(cumulative, torch.rand(len(logits), 1, generator=generator) * total)
-    return picked.clamp(max=logits.shape[-1] - 1)

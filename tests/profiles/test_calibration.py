@@ -1,18 +1,15 @@
-"""Calibration text: shares, pools, prefixes, sampling."""
+"""Calibration text: shares, pools, prefixes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from attnopt.errors import OptionError, SourceError, UnsupportedError
+from attnopt.errors import OptionError, SourceError
 from attnopt.profiles import calibration
-from attnopt.profiles.calibration import divide, from_files, known_words, sample, self_sampled, sequence_starts
+from attnopt.profiles.calibration import divide, from_files
 
 BOS, EOS = 300, 301
 
@@ -147,124 +144,3 @@ class TestFromFiles:
     def test_sizes_that_make_no_sense_are_refused(self, tmp_path: Path, tokens: int, context: int) -> None:
         with pytest.raises(OptionError, match=r"context|tokens"):
             from_files(Bytes(), [text_file(tmp_path, "a", "x" * 500)], tokens=tokens, context=context)
-
-
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
-
-
-class Weights:
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.state = model.state_dict()
-
-    def get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.state[name].to(dtype, copy=True)
-
-
-def source_of(model: Any) -> Any:
-    """What `self_sampled` needs of a ModelSource, for a model in memory."""
-
-    def skeleton(dtype: torch.dtype) -> Any:
-        return type(model)(model.config).to(dtype).eval()
-
-    return SimpleNamespace(
-        model_class=type(model), config=model.config, skeleton=skeleton, weights=Weights(model), has_tokenizer=False
-    )
-
-
-class TestSampling:
-    def test_same_seed_same_text_other_seed_other_text(self) -> None:
-        source = source_of(tiny_llama())
-        one = self_sampled(source, tokens=8 * 16, context=16, seed=5)
-        two = self_sampled(source, tokens=8 * 16, context=16, seed=5)
-        other = self_sampled(source, tokens=8 * 16, context=16, seed=6)
-        assert one.sha256 == two.sha256 != other.sha256
-        assert one.source == "self"
-        assert one.windows.shape == (7, 16)
-        assert one.selection.shape == (1, 16)
-
-    def test_sequences_start_with_any_word(self) -> None:
-        made = self_sampled(source_of(tiny_llama(bos_token_id=7)), tokens=32 * 8, context=8)
-        first = torch.cat([made.windows, made.selection])[:, 0]
-        assert len(first.unique()) > 20
-        assert made.windows.min() >= 0
-        assert made.windows.max() < 97
-
-    def test_what_the_tokenizer_puts_before_a_text_comes_first_and_special_words_are_not_drawn(self) -> None:
-        source = source_of(tiny_llama(vocab_size=BOS + 1))
-        source.has_tokenizer, source.tokenizer = True, lambda: Bytes(bos=True)
-        prompts = sequence_starts(*known_words(source), 500, seed=1)
-        assert prompts.shape == (500, 2)
-        assert set(prompts[:, 0].tolist()) == {BOS}
-        assert int(prompts[:, 1].max()) < len(Bytes())
-        assert Bytes.all_special_ids[0] not in prompts[:, 1]
-        made = self_sampled(source, tokens=8 * 16, context=16)
-        assert set(made.windows[:, 0].tolist()) == {BOS}
-        assert made.windows.shape == (7, 16)
-
-    def test_follows_the_model_s_distribution(self) -> None:
-        """Second tokens after a fixed first one are distributed as the model says (total variation, 4096 draws)."""
-        model = tiny_llama(bos_token_id=7, vocab_size=11)
-        with torch.no_grad():
-            model.lm_head.weight *= 40
-            expected = torch.softmax(model(input_ids=torch.tensor([[7]])).logits[0, -1], dim=-1)
-        drawn = sample(model, torch.full((4096, 1), 7), 2, seed=0)[:, 1]
-        measured = torch.bincount(drawn, minlength=11) / len(drawn)
-        assert expected.max() > 0.15
-        assert 0.5 * (measured - expected).abs().sum() < 0.03
-
-    def test_cache_and_prefill_agree_on_what_was_sampled(self) -> None:
-        """A near-deterministic model samples its own argmax, position by position."""
-        model = tiny_llama(bos_token_id=7)
-        with torch.no_grad():
-            model.lm_head.weight *= 1e4
-        ids = sample(model, torch.tensor([[7], [8], [9]]), 12, seed=0)
-        with torch.no_grad():
-            again = model(input_ids=ids).logits.argmax(-1)
-        assert torch.equal(ids[:, 1:], again[:, :-1])
-
-    def test_batches_follow_the_memory_of_their_caches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = tiny_llama(bos_token_id=7)
-        per_window = 2 * 2 * 2 * 8 * 4 * 16  # keys and values, layers, heads, width, bytes, tokens
-        assert calibration.sampling_batch(model.config, 16, 4) == calibration.SAMPLING_BATCH
-        monkeypatch.setattr(calibration, "SAMPLING_CACHE_BYTES", 3 * per_window)
-        assert calibration.sampling_batch(model.config, 16, 4) == 3
-        monkeypatch.setattr(calibration, "SAMPLING_CACHE_BYTES", 1)
-        assert calibration.sampling_batch(model.config, 16, 4) == 1
-        assert sample(model, torch.full((5, 2), 7), 16, seed=0).shape == (5, 16)
-
-    def test_models_with_learned_positions_work(self) -> None:
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
-        )
-        made = self_sampled(source_of(GPT2LMHeadModel(config).eval()), tokens=4 * 16, context=16)
-        assert made.tokens == 64
-
-    def test_encoder_is_refused(self) -> None:
-        source = SimpleNamespace(model_class=SimpleNamespace(can_generate=lambda: False, __name__="BertModel"))
-        with pytest.raises(UnsupportedError, match="does not generate") as caught:
-            self_sampled(source, tokens=64, context=16)  # type: ignore[arg-type]  # only what is looked at is given
-        assert "--calib FILE" in caught.value.hint
-
-    def test_model_beyond_the_memory_budget_is_refused(self) -> None:
-        with pytest.raises(UnsupportedError, match="memory budget"):
-            self_sampled(source_of(tiny_llama()), tokens=64, context=16, memory_budget=1000)
-
-    def test_broken_weights_are_refused(self) -> None:
-        model = tiny_llama(bos_token_id=7)
-        with torch.no_grad():
-            model.model.norm.weight.fill_(float("nan"))
-        with pytest.raises(UnsupportedError, match="not finite"):
-            self_sampled(source_of(model), tokens=64, context=16)
