@@ -104,17 +104,14 @@ class Author:
         return text
 
     def _with_text_to_learn_from(self, text: Calibration, tokens: int) -> Calibration:
-        """With what is missing of it, once what was left of the files and their calibration windows have been read.
-
-        What is written is like the files: of another kind it would teach the other kind (docs/recovery.md).
-        """
+        """With what is missing of it, once what was left of the files and their calibration windows have been read."""
         own = text.recovery
         missing = tokens if own is None else tokens - own.numel() - text.windows.numel()
         if missing <= 0:
             return text
         self.reporter.say(f"the model writes {missing:,} tokens to learn from")
         try:
-            written = self._written(missing, None if own is None else text.windows)
+            written = self._written(missing)
         except UnsupportedError as reason:
             if own is None:
                 raise
@@ -122,7 +119,7 @@ class Author:
             return text
         return text.with_recovery(written)
 
-    def _written(self, tokens: int, like: torch.Tensor | None) -> torch.Tensor:
+    def _written(self, tokens: int) -> torch.Tensor:
         from attnopt.profiles.writing import self_written
         from attnopt.rewriter.weights import evaluate
 
@@ -134,8 +131,7 @@ class Author:
             self.steps.save(step, {"windows": windows}, {})
             return windows
 
-        sizes = tokens, self.calibration.context, self.calibration.seed
-        return self_written(self.source, *sizes, kept, like=like, **self._how)
+        return self_written(self.source, tokens, self.calibration.context, self.calibration.seed, kept, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:

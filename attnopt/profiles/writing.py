@@ -1,7 +1,4 @@
-"""Text that a model writes itself: sampled at temperature 1, many sequences side by side.
-
-It begins with any word, or goes on from pieces of text that is there: then it is of that text's kind.
-"""
+"""Text that a model writes itself: sampled at temperature 1, many sequences side by side."""
 
 from __future__ import annotations
 
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 #: less often, but a large model's caches soon outgrow the model itself.
 SAMPLING_BATCH = 64
 SAMPLING_CACHE_BYTES = 1 << 30
-#: Of so many tokens of a window that goes on from other text, one is that text.
-PIECE_EVERY = 8
 
 
 def self_sampled(
@@ -72,7 +67,6 @@ def self_written(
     seed: int,
     kept: Callable[[int, Callable[[], Tensor]], Tensor],
     *,
-    like: Tensor | None = None,
     device: str = "cpu",
     memory_budget: float | None = None,
     reporter: Reporter | None = None,
@@ -83,7 +77,6 @@ def self_written(
         source, tokens, context, device, memory_budget, reporter: as for `self_sampled`.
         seed: of the calibration text, which is other text than this.
         kept: gets the number of a part and what makes it; returns the part, which it may have from an unfinished run.
-        like: [n, S] windows of text; what is written goes on from pieces of them. None: it begins with any word.
 
     Returns:
         int64 [n, context].
@@ -97,8 +90,7 @@ def self_written(
 
     def write(part: int) -> Tensor:
         own = (seed * 1_000_003 + part + 1) * 2_147_483_629 % (1 << 62)
-        rows = min(SAMPLING_BATCH, count - part * SAMPLING_BATCH)
-        return writer().write(rows, context, own, reporter, like).long()
+        return writer().write(min(SAMPLING_BATCH, count - part * SAMPLING_BATCH), context, own, reporter).long()
 
     return torch.cat([kept(part, partial(write, part)) for part in range(-(-count // SAMPLING_BATCH))])
 
@@ -109,12 +101,11 @@ class Writer:
 
     Attributes:
         model: a causal language model of transformers, on its device.
-        frame: what the tokenizer puts before and behind a text.
-        words: ids of all words that are not special.
+        prefix, words: of `known_words`.
     """
 
     model: Any
-    frame: tuple[Sequence[int], Sequence[int]]
+    prefix: Sequence[int]
     words: Tensor
 
     @classmethod
@@ -126,17 +117,10 @@ class Writer:
         """
         return cls(sampler(source, device, memory_budget), *known_words(source))
 
-    def write(
-        self, count: int, length: int, seed: int, reporter: Reporter | None = None, like: Tensor | None = None
-    ) -> Tensor:
-        """Token ids [count, length] that begin with `any_words`, or with `pieces` of `like`; see `sample`."""
-        if like is None:
-            starts = any_words(self.words, count, seed)
-        else:
-            before, behind = (len(part) for part in self.frame)
-            starts = pieces(like[:, before : like.shape[1] - behind], count, max(1, length // PIECE_EVERY), seed)
-        prefix = torch.tensor(self.frame[0], dtype=torch.long).expand(count, -1)
-        return sample(self.model, torch.cat([prefix, starts], dim=1), length, seed=seed, reporter=reporter)
+    def write(self, count: int, length: int, seed: int, reporter: Reporter | None = None) -> Tensor:
+        """Token ids [count, length]; see `sequence_starts` and `sample`."""
+        starts = sequence_starts(self.prefix, self.words, count, seed)
+        return sample(self.model, starts, length, seed=seed, reporter=reporter)
 
 
 def sampler(source: ModelSource, device: str = "cpu", memory_budget: float | None = None) -> Any:
@@ -183,52 +167,34 @@ def materialize(model: Any, source: ModelSource, dtype: torch.dtype, device: str
     model.to(device)
 
 
-def known_words(source: ModelSource) -> tuple[tuple[Sequence[int], Sequence[int]], Tensor]:
-    """(what the tokenizer puts before and behind a text, ids of all words that are not special).
+def known_words(source: ModelSource) -> tuple[list[int], Tensor]:
+    """(what the tokenizer puts before a text, ids of all words that are not special).
 
     Without a tokenizer that is nothing, and the whole vocabulary.
     """
     words = torch.arange(source.config.get_text_config().vocab_size)
     if not source.has_tokenizer:
-        return ((), ()), words
+        return [], words
     tokenizer = source.tokenizer()
     words = words[: len(tokenizer)]
     special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
-    return text_frame(tokenizer), words[~torch.isin(words, special)]
+    return text_frame(tokenizer)[0], words[~torch.isin(words, special)]
 
 
-def any_words(words: Tensor, count: int, seed: int) -> Tensor:
-    """What sequences begin with if nothing is given, [count, 1]: any word.
+def sequence_starts(prefix: Sequence[int], words: Tensor, count: int, seed: int) -> Tensor:
+    """What the sampled sequences begin with, [count, n]: what the tokenizer puts before a text, then any word.
 
     Sequences from the start of a document only would all begin alike, and a model trained on chats would write chats.
     A word drawn uniformly from the vocabulary leads to text of every kind (LLM-QAT, arXiv 2305.17888, section 3.1).
 
     Args:
-        words: to draw from.
+        prefix, words: of `known_words`.
         count: sequences.
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    return words[torch.randint(len(words), (count, 1), generator=generator)]
-
-
-def pieces(windows: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """What sequences begin with that are to be like other text, [count, length]: pieces of it, from any place.
-
-    No window gives two pieces before all have given one.
-
-    Args:
-        windows: [n, S] of the text.
-        count: sequences.
-        length: tokens in a piece, at most; windows may be shorter.
-        seed: of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    n, room = windows.shape
-    length = min(length, room)
-    rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-count // n))])[:count]
-    starts = torch.randint(room - length + 1, (count, 1), generator=generator)
-    return windows[rows[:, None], starts + torch.arange(length)]
+    first = words[torch.randint(len(words), (count, 1), generator=generator)]
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), first], dim=1)
 
 
 @torch.inference_mode()

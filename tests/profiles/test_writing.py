@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -17,13 +15,11 @@ from attnopt.profiles import writing
 from attnopt.profiles.writing import (
     RoomyLayer,
     SingleQueries,
-    any_words,
     known_words,
-    pieces,
     roomy_cache,
     sample,
     self_sampled,
-    self_written,
+    sequence_starts,
 )
 from tests import models
 from tests.profiles.test_calibration import BOS, Bytes
@@ -85,41 +81,14 @@ def test_sequences_start_with_any_word() -> None:
 def test_what_the_tokenizer_puts_before_a_text_comes_first_and_special_words_are_not_drawn() -> None:
     source = source_of(tiny_llama(vocab_size=BOS + 1))
     source.has_tokenizer, source.tokenizer = True, lambda: Bytes(bos=True)
-    frame, words = known_words(source)
-    assert frame == ([BOS], [])
-    first = any_words(words, 500, seed=1)
-    assert first.shape == (500, 1)
-    assert int(first.max()) < len(Bytes())
-    assert Bytes.all_special_ids[0] not in first
+    prompts = sequence_starts(*known_words(source), 500, seed=1)
+    assert prompts.shape == (500, 2)
+    assert set(prompts[:, 0].tolist()) == {BOS}
+    assert int(prompts[:, 1].max()) < len(Bytes())
+    assert Bytes.all_special_ids[0] not in prompts[:, 1]
     made = self_sampled(source, tokens=8 * 16, context=16)
     assert set(made.windows[:, 0].tolist()) == {BOS}
     assert made.windows.shape == (7, 16)
-
-
-@given(n=st.integers(1, 9), room=st.integers(1, 12), count=st.integers(1, 20), length=st.integers(1, 14))
-def test_pieces_are_pieces_and_every_window_gives_as_many(n: int, room: int, count: int, length: int) -> None:
-    windows = torch.arange(n * room).view(n, room)
-    found = pieces(windows, count, length, seed=0)
-    assert found.shape == (count, min(length, room))
-    assert torch.equal(found - found[:, :1], torch.arange(found.shape[1]).expand(count, -1))
-    rows = found // room
-    assert torch.equal(rows, rows[:, :1].expand_as(rows))
-    given_by = torch.bincount(rows[:, 0], minlength=n)
-    assert int(given_by.max() - given_by.min()) <= 1
-
-
-def test_text_like_other_text_goes_on_from_its_pieces() -> None:
-    """What the tokenizer puts before and behind the windows is no piece of theirs, but comes first again."""
-    source = source_of(tiny_llama(vocab_size=BOS + 1))
-    source.has_tokenizer, source.tokenizer = True, lambda: Bytes(bos=True)
-    like = torch.cat([torch.full((4, 1), BOS), torch.arange(4 * 31).view(4, 31)], dim=1)
-    made = self_written(source, 6 * 32, 32, 3, lambda part, write: write(), like=like)
-    assert made.shape == (6, 32)
-    assert set(made[:, 0].tolist()) == {BOS}
-    starts = made[:, 1:5]
-    assert torch.equal(starts - starts[:, :1], torch.arange(4).expand(6, -1))
-    assert len(starts[:, 0].unique()) == 6
-    assert torch.equal(made, self_written(source, 6 * 32, 32, 3, lambda part, write: write(), like=like))
 
 
 def test_follows_the_model_s_distribution() -> None:
