@@ -21,7 +21,7 @@ from attnopt.planning import (
 )
 from attnopt.progress import Reporter, Silent
 from attnopt.results import Conversion, PlanPreview
-from attnopt.texts import Author, author_of, describe, from_files, wanted_tokens
+from attnopt.texts import Author, describe, from_files, to_learn_from
 
 if TYPE_CHECKING:
     import torch
@@ -156,10 +156,10 @@ def _measured(
     from attnopt.rewriter.passes import PassContext
     from attnopt.rewriter.steps import MemorySteps
 
-    device, wanted = resolve_device(options.device), wanted_tokens(pipeline.passes)
-    text = from_files(source, calibration, wanted) if calibration.files else None
-    author = Author(author_of(pipeline.passes, source), calibration, options, device, MemorySteps(), reporter)
-    text = author.complete(text, needs_text(plans), wanted)
+    device, learned = resolve_device(options.device), to_learn_from(pipeline.passes)
+    text = from_files(source, calibration, learned.tokens) if calibration.files else None
+    author = Author.of(source, learned, calibration, options, device, MemorySteps(), reporter)
+    text = author.complete(text, needs_text(plans))
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
     results = pipeline.run(program, context, given=given).results
     return [(item, result.plan) for item, result in zip(pipeline.passes, results, strict=True) if result.plan]
@@ -238,10 +238,10 @@ def _convert(
     from attnopt.staging import Staging, resume_key
 
     clock = Clock()
-    dtype, wanted = resolve_dtype(options.dtype), wanted_tokens(pipeline.passes)
+    dtype, learned = resolve_dtype(options.dtype), to_learn_from(pipeline.passes)
     source = open_model(model, options.trust_remote_code, reporter)
     clock.lap("open")
-    text = from_files(source, calibration, wanted) if calibration.files else None
+    text = from_files(source, calibration, learned.tokens) if calibration.files else None
     settings = {
         "calibration": describe(calibration, text),
         "emit": options.emit,
@@ -268,8 +268,8 @@ def _convert(
         plans = pipeline.plan(program, given, profiles)
         refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        author = Author(author_of(pipeline.passes, source), calibration, options, device, staging, reporter)
-        text = author.complete(text, needs_text(plans), wanted)
+        author = Author.of(source, learned, calibration, options, device, staging, reporter)
+        text = author.complete(text, needs_text(plans))
         settings["calibration"] = describe(calibration, text)
         text = parallel.from_first(text)
         clock.lap("calibration text")

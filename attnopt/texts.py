@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from attnopt.conversion import CalibrationOptions, RunOptions
     from attnopt.profiles.calibration import Calibration
-    from attnopt.rewriter.passes import Pass
+    from attnopt.rewriter.passes import LearningText, Pass
     from attnopt.rewriter.source import ModelSource
     from attnopt.rewriter.steps import StepStore
 
@@ -22,21 +22,11 @@ if TYPE_CHECKING:
 CALIBRATION_STEP, RECOVERY_STEP = "calibration", "recovery-text"
 
 
-def wanted_tokens(passes: Sequence[Pass]) -> int:
-    """Tokens to learn from, beside the calibration text; passes that learn share them."""
-    return max((item.text_tokens for item in passes), default=0)
+def to_learn_from(passes: Sequence[Pass]) -> LearningText:
+    """The text that passes learn from: they share it, so it is what the one that asks for most says."""
+    from attnopt.rewriter.passes import LearningText
 
-
-def author_of(passes: Sequence[Pass], source: ModelSource) -> ModelSource:
-    """The model that writes what text is missing: what a pass asks for, or the one that is changed.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
-    from attnopt.rewriter.source import open_source
-
-    asked = [item.text_author for item in passes if item.text_author is not None]
-    return open_source(asked[0]) if asked else source
+    return max((item.learns_from for item in passes), key=lambda text: text.tokens, default=LearningText())
 
 
 def from_files(source: ModelSource, calibration: CalibrationOptions, recovery: int) -> Calibration:
@@ -60,32 +50,54 @@ class Author:
 
     Attributes:
         source: the model.
+        learned: text to learn from beside the calibration text.
         calibration, options, device: of the run.
         steps: keeps what is written.
         reporter: told of the tokens.
     """
 
     source: ModelSource
+    learned: LearningText
     calibration: CalibrationOptions
     options: RunOptions
     device: torch.device
     steps: StepStore
     reporter: Reporter
 
-    def complete(self, text: Calibration | None, needed: bool, learned: int) -> Calibration | None:
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        learned: LearningText,
+        calibration: CalibrationOptions,
+        options: RunOptions,
+        device: torch.device,
+        steps: StepStore,
+        reporter: Reporter,
+    ) -> Author:
+        """Whoever is asked for to write, or else the model that is changed.
+
+        Raises:
+            SourceError: the model asked for cannot be read.
+        """
+        from attnopt.rewriter.source import open_source
+
+        writer = source if learned.author is None else open_source(learned.author)
+        return cls(writer, learned, calibration, options, device, steps, reporter)
+
+    def complete(self, text: Calibration | None, needed: bool) -> Calibration | None:
         """The text of the run, with what the model writes of it, or wrote before the run was interrupted.
 
         Args:
             text: of files, with what was left of them in `recovery`; None if there are none.
             needed: whether the run needs calibration text.
-            learned: tokens to learn from beside that.
 
         Raises:
             UnsupportedError: calibration text is needed and the model cannot write.
         """
         if text is None and needed:
             text = self._calibration()
-        return None if text is None else self._with_text_to_learn_from(text, learned)
+        return None if text is None else self._with_text_to_learn_from(text)
 
     def _calibration(self) -> Calibration:
         from attnopt.profiles.calibration import Calibration
@@ -103,11 +115,11 @@ class Author:
         self.steps.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
         return text
 
-    def _with_text_to_learn_from(self, text: Calibration, tokens: int) -> Calibration:
+    def _with_text_to_learn_from(self, text: Calibration) -> Calibration:
         """With what is missing of it, once what was left of the files and their calibration windows have been read."""
-        own = text.recovery
+        own, tokens = text.recovery, self.learned.tokens
         missing = tokens if own is None else tokens - own.numel() - text.windows.numel()
-        if missing <= 0:
+        if missing <= 0 or (own is not None and self.learned.again):
             return text
         self.reporter.say(f"the model writes {missing:,} tokens to learn from")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,17 +12,19 @@ from attnopt.conversion import CalibrationOptions, RunOptions
 from attnopt.profiles import writing
 from attnopt.profiles.calibration import Calibration, divide
 from attnopt.progress import Silent
+from attnopt.rewriter.passes import LearningText
 from attnopt.rewriter.steps import MemorySteps, StepStore
-from attnopt.texts import Author
+from attnopt.texts import Author, to_learn_from
 from tests.profiles.test_writing import source_of, tiny_llama
 
 CONTEXT = 16
 
 
-def author(steps: StepStore) -> Author:
+def author(steps: StepStore, again: bool = False) -> Author:
     sizes = CalibrationOptions((), 8 * CONTEXT, CONTEXT, 0)
     source = source_of(tiny_llama(vocab_size=300))
-    return Author(source, sizes, RunOptions(), torch.device("cpu"), steps, Silent())
+    learned = LearningText(20 * CONTEXT, None, again)
+    return Author.of(source, learned, sizes, RunOptions(), torch.device("cpu"), steps, Silent())
 
 
 def of_a_file() -> Calibration:
@@ -33,8 +36,8 @@ def of_a_file() -> Calibration:
 
 def test_what_files_lack_is_written_and_all_of_it_without_files() -> None:
     given = of_a_file()
-    mixed = author(MemorySteps()).complete(given, True, 20 * CONTEXT)
-    alone = author(MemorySteps()).complete(None, True, 20 * CONTEXT)
+    mixed = author(MemorySteps()).complete(given, True)
+    alone = author(MemorySteps()).complete(None, True)
     assert mixed is not None
     assert mixed.recovery is not None
     assert mixed.recovery_written == len(mixed.recovery) - 1 == 20 - 1 - 7
@@ -48,20 +51,43 @@ def test_what_files_lack_is_written_and_all_of_it_without_files() -> None:
 
 def test_enough_text_stays_as_it_is() -> None:
     given = of_a_file()
-    assert author(MemorySteps()).complete(given, True, 8 * CONTEXT) is given
+    enough = replace(author(MemorySteps()), learned=LearningText(8 * CONTEXT))
+    assert enough.complete(given, True) is given
+
+
+def test_files_are_read_again_if_that_is_asked_for_and_without_files_there_is_nothing_to_read() -> None:
+    given = of_a_file()
+    assert author(MemorySteps(), again=True).complete(given, True) is given
+    alone = author(MemorySteps(), again=True).complete(None, True)
+    assert alone is not None
+    assert alone.recovery_written == 20
+
+
+class Asks:
+    """A pass, as far as its text goes."""
+
+    def __init__(self, text: LearningText) -> None:
+        self.learns_from = text
+
+
+def test_the_pass_that_learns_from_most_says_what_text() -> None:
+    most, less, nothing = LearningText(9, "a"), LearningText(5, "b", True), LearningText()
+    passes: Any = [Asks(nothing), Asks(less), Asks(most)]
+    assert to_learn_from(passes) == most
+    assert to_learn_from([]) == nothing
 
 
 @pytest.mark.parametrize("files", [True, False])
 def test_text_is_written_once(files: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = MemorySteps()
     given = of_a_file() if files else None
-    first = author(steps).complete(given, True, 20 * CONTEXT)
+    first = author(steps).complete(given, True)
 
     def again(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("written again")
 
     monkeypatch.setattr(writing, "sample", again)
-    second = author(steps).complete(given, True, 20 * CONTEXT)
+    second = author(steps).complete(given, True)
     assert first is not None
     assert second is not None
     assert first.sha256 == second.sha256

@@ -31,7 +31,7 @@ from attnopt.rewriter.recognize import Miss
 from attnopt.rewriter.segments import layer_path
 from attnopt.rewriter.steps import MemorySteps, StepStore
 
-__all__ = ["Analysis", "Item", "Pass", "PassContext", "PassResult", "Plan", "SitePlan", "option"]
+__all__ = ["Analysis", "Item", "LearningText", "Pass", "PassContext", "PassResult", "Plan", "SitePlan", "option"]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,21 @@ class PassContext:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class LearningText:
+    """Text that a pass learns from, beside the calibration text.
+
+    Attributes:
+        tokens: how much; 0 for a pass that does not learn.
+        author: directory or id of the model that writes what files lack; None for the one that is changed.
+        again: whether files with too little text are read again instead.
+    """
+
+    tokens: int = 0
+    author: str | None = None
+    again: bool = False
+
+
 class Item(Options, ABC):
     """What can stand in a pipeline: a Pass or an Analysis.
 
@@ -206,14 +221,9 @@ class Pass(Item):
         return True
 
     @property
-    def text_tokens(self) -> int:
-        """Tokens of text that it learns from, beside the calibration text."""
-        return 0
-
-    @property
-    def text_author(self) -> str | None:
-        """Directory or id of the model that is to write what text is missing; None for the one that is changed."""
-        return None
+    def learns_from(self) -> LearningText:
+        """Text that it learns from, beside the calibration text."""
+        return LearningText()
 
     def given(self, program: Program, sections: Mapping[str, Any]) -> Plan:
         """The plan that a plan file spells out: only the layers it names, as it says.

@@ -19,7 +19,7 @@ from attnopt.passes.repair.student import Model, Pool
 from attnopt.passes.repair.training import TOKENS_AT_ONCE, History, Settings, Training, merged
 from attnopt.rewriter import parallel
 from attnopt.rewriter.capture import capture
-from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option, sites_differing
+from attnopt.rewriter.passes import LearningText, Pass, PassContext, PassResult, Plan, SitePlan, option, sites_differing
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.source import ModelSource, open_source
 from attnopt.rewriter.weights import Inline, Value
@@ -64,6 +64,9 @@ class Distill(Pass):
         "auto", help="run layers twice instead of keeping what is inside them for the gradient"
     )
     teacher: str | None = option(None, help="another model to learn from, with the same tokenizer; a directory or id")
+    again: bool = option(
+        False, help="read files with too little text again, instead of letting the model write the rest"
+    )
 
     def check(self, program: Program) -> None:
         """Refuse a teacher that does not fit, before the passes in front of this one work.
@@ -91,14 +94,9 @@ class Distill(Pass):
         return False
 
     @property
-    def text_tokens(self) -> int:
-        """As many as are learned from."""
-        return self.tokens
-
-    @property
-    def text_author(self) -> str | None:
+    def learns_from(self) -> LearningText:
         """The model to learn from writes as it speaks; one that was converted already writes worse."""
-        return self.teacher
+        return LearningText(self.tokens, self.teacher, self.again)
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Train.
