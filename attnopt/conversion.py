@@ -158,7 +158,7 @@ def _measured(
 
     device, learned = resolve_device(options.device), to_learn_from(pipeline.passes)
     text = from_files(source, calibration, learned.tokens) if calibration.files else None
-    author = Author.of(source, learned, calibration, options, device, MemorySteps(), reporter)
+    author = Author(source, learned, calibration, options, device, MemorySteps(), reporter)
     text = author.complete(text, needs_text(plans))
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
     results = pipeline.run(program, context, given=given).results
@@ -268,7 +268,7 @@ def _convert(
         plans = pipeline.plan(program, given, profiles)
         refuse_beyond_budget(program, plans, calibration, options)
         clock.lap("capture")
-        author = Author.of(source, learned, calibration, options, device, staging, reporter)
+        author = Author(source, learned, calibration, options, device, staging, reporter)
         text = author.complete(text, needs_text(plans))
         settings["calibration"] = describe(calibration, text)
         text = parallel.from_first(text)

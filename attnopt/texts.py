@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attnopt.errors import UnsupportedError
@@ -49,7 +50,7 @@ class Author:
     """The model as a writer of text, which is kept while the run is not finished.
 
     Attributes:
-        source: the model.
+        source: the model that is changed; it writes unless `learned` names another author.
         learned: text to learn from beside the calibration text.
         calibration, options, device: of the run.
         steps: keeps what is written.
@@ -64,27 +65,6 @@ class Author:
     steps: StepStore
     reporter: Reporter
 
-    @classmethod
-    def of(
-        cls,
-        source: ModelSource,
-        learned: LearningText,
-        calibration: CalibrationOptions,
-        options: RunOptions,
-        device: torch.device,
-        steps: StepStore,
-        reporter: Reporter,
-    ) -> Author:
-        """Whoever is asked for to write, or else the model that is changed.
-
-        Raises:
-            SourceError: the model asked for cannot be read.
-        """
-        from attnopt.rewriter.source import open_source
-
-        writer = source if learned.author is None else open_source(learned.author)
-        return cls(writer, learned, calibration, options, device, steps, reporter)
-
     def complete(self, text: Calibration | None, needed: bool) -> Calibration | None:
         """The text of the run, with what the model writes of it, or wrote before the run was interrupted.
 
@@ -93,6 +73,7 @@ class Author:
             needed: whether the run needs calibration text.
 
         Raises:
+            SourceError: the author asked for cannot be read.
             UnsupportedError: calibration text is needed and the model cannot write.
         """
         if text is None and needed:
@@ -110,7 +91,7 @@ class Author:
             return Calibration(saved.get("windows"), saved.get("selection"), **record)
         wanted = self.calibration
         self.reporter.say(f"the model writes {wanted.tokens:,} tokens of calibration text")
-        text = self_sampled(self.source, wanted.tokens, wanted.context, wanted.seed, **self._how)
+        text = self_sampled(self._writer, wanted.tokens, wanted.context, wanted.seed, **self._how)
         pools = {"windows": text.windows, "selection": text.selection}
         self.steps.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
         return text
@@ -143,7 +124,13 @@ class Author:
             self.steps.save(step, {"windows": windows}, {})
             return windows
 
-        return self_written(self.source, tokens, self.calibration.context, self.calibration.seed, kept, **self._how)
+        return self_written(self._writer, tokens, self.calibration.context, self.calibration.seed, kept, **self._how)
+
+    @cached_property
+    def _writer(self) -> ModelSource:
+        from attnopt.rewriter.source import open_source
+
+        return self.source if self.learned.author is None else open_source(self.learned.author)
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def author(steps: StepStore, again: bool = False) -> Author:
     sizes = CalibrationOptions((), 8 * CONTEXT, CONTEXT, 0)
     source = source_of(tiny_llama(vocab_size=300))
     learned = LearningText(20 * CONTEXT, None, again)
-    return Author.of(source, learned, sizes, RunOptions(), torch.device("cpu"), steps, Silent())
+    return Author(source, learned, sizes, RunOptions(), torch.device("cpu"), steps, Silent())
 
 
 def of_a_file() -> Calibration:
