@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from attnopt.errors import OptionError
 
-_BARE = re.compile(r"[A-Za-z0-9_./:+-]+")
-_TOKEN = re.compile(r'\s*(?:(?P<word>[A-Za-z0-9_./:+-]+)|(?P<text>"(?:[^"\\]|\\.)*")|(?P<mark>[{}\[\]=,]))')
+#: Names, numbers, paths, and shell patterns of names.
+_WORD = r"[A-Za-z0-9_./:+*?-]+"
+_BARE = re.compile(_WORD)
+_TOKEN = re.compile(rf'\s*(?:(?P<word>{_WORD})|(?P<text>"(?:[^"\\]|\\.)*")|(?P<mark>[{{}}\[\]=,]))')
 
 
 def option(
@@ -252,7 +254,8 @@ class _Reader:
     def error(self, place: int, what: str) -> OptionError:
         return OptionError(
             f"pipeline text: {what} at character {place + 1} of {self.text!r}",
-            "write passes as name{option=value option=value}, with commas between passes",
+            "write passes as name{option=value option=value}, with commas between passes; other signs than letters, "
+            "digits and _./:+*?- go between double quotes",
         )
 
     def take(self, kind: str, mark: str = "") -> str:

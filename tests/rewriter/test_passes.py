@@ -55,6 +55,8 @@ def test_text_is_what_people_write() -> None:
         'scale{factor=0.5 layers=[0 2]} , everything{needed=1 label="two words" maybe=none flag=true}'
     )
     assert build(Scale, scale.options) == Scale(factor=0.5, layers=(0, 2))
+    (patterns,) = parse("everything{needed=1 names=[*mlp* layers.?.norm]}")
+    assert build(Everything, patterns.options).to_text() == "everything{needed=1 names=[*mlp* layers.?.norm]}"
     assert build(Everything, other.options) == Everything(needed=1, label="two words", maybe=None, flag=True)
     assert Scale().to_text() == "scale"
     assert Scale(factor=2.0).to_text() == "scale{factor=2.0}"
