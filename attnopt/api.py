@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -333,6 +334,10 @@ def verify(
     from attnopt.evaluate import HarnessSpec, Job, ModelSpec, PasskeySpec, TextSpec, evaluate, verify_report
     from attnopt.evaluate.text import PYTHON_TOPICS, write_python_topics
 
+    if gate is not None and not 0 < gate < math.inf:
+        raise OptionError(f"a gate of {gate} is no ratio of perplexities", "give a number above 0, e.g. --gate 1.1")
+    if passkey_gate is not None and not 0 <= passkey_gate <= 1:
+        raise OptionError(f"a passkey gate of {passkey_gate} is no share", "give a number from 0 to 1")
     if passkey_gate is not None and not passkey:
         raise OptionError("a passkey gate needs a passkey test", "give lengths with --passkey, e.g. --passkey 512,2048")
 

@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attnopt.errors import AttnoptError, OptionError, SourceError
+from attnopt.errors import AttnoptError, OptionError, SourceError, UnsupportedError
 from attnopt.evaluate import Job, ModelSpec, TextSpec, apply_gate, evaluate, launch, peak_rss_bytes, verify_report
 from attnopt.evaluate.__main__ import main
 from attnopt.evaluate.loading import load
@@ -24,6 +24,7 @@ from attnopt.evaluate.measure import count_cached_numbers, measure_cache, run
 from attnopt.evaluate.report import WindowScores, compare, mean, standard_error
 from attnopt.evaluate.scores import score_windows
 from attnopt.evaluate.text import read_text, undo_wikitext_marks, windows_of
+from tests import hostile, models
 
 WORDS = [f"w{i}" for i in range(57)]
 
@@ -227,18 +228,24 @@ def test_a_wrong_decode_is_noticed(place: Path) -> None:
     assert measure_cache(model)[1] > 1e-3
 
 
-def test_damaged_directories_are_refused(place: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in hostile.CASES])
+def test_damaged_models_are_refused(case: hostile.Hostile, tmp_path: Path) -> None:
+    model = hostile.make(case.name, tmp_path / "model")
+    with pytest.raises(AttnoptError, match=case.message):
+        load(ModelSpec("x", str(model)), torch.float32, "cpu")
 
-    save_model(tmp_path, 0)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors.pop("model.norm.weight")
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"missing keys: model\.norm\.weight"):
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_models_that_predict_no_words_are_refused(family: str, tmp_path: Path) -> None:
+    models.save(family, tmp_path)
+    with pytest.raises(UnsupportedError, match="predicts no next words"):
         load(ModelSpec("x", str(tmp_path)), torch.float32, "cpu")
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(SourceError, match=r"config\.json"):
-        load(ModelSpec("x", str(tmp_path)), torch.float32, "cpu")
+
+
+def test_tensors_that_nobody_reads_are_refused(tmp_path: Path) -> None:
+    model = hostile.edit_tensors(hostile.healthy(tmp_path / "model"), lambda tensors: tensors.update(x=torch.ones(2)))
+    with pytest.raises(SourceError, match="unexpected keys: x"):
+        load(ModelSpec("x", str(model)), torch.float32, "cpu")
 
 
 def test_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:

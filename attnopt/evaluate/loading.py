@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from attnopt.errors import AttnoptError, OptionError, SourceError
+from attnopt.errors import AttnoptError, OptionError, SourceError, UnsupportedError
 from attnopt.evaluate.job import Job, ModelSpec
+from attnopt.rewriter.source import open_source
 
 
 @dataclass
@@ -50,24 +50,34 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def directory_of(path: str) -> Path:
-    """The Hugging Face directory behind a path (a GGUF file is imported first)."""
-    if Path(path).is_dir():
-        return Path(path)
-    from attnopt.rewriter.source import open_source
+def opened(spec: ModelSpec) -> Path:
+    """The Hugging Face directory of a model, its files checked without reading a weight; a GGUF file is imported first.
 
-    return open_source(path).path
+    Raises:
+        SourceError: it is missing, damaged, unsafe or incomplete.
+        UnsupportedError: its weights are stored quantised, or it predicts no next words.
+    """
+    if not spec.trust_remote_code:
+        import attnopt.codegen.hf  # noqa: F401 (transformers knows our class then)
+    source = open_source(spec.path, trust_remote_code=spec.trust_remote_code)
+    known = type(source.config) in MODEL_MAPPING or not spec.trust_remote_code
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), None)
+    if known and causal is not source.model_class:
+        raise UnsupportedError(
+            f"{spec.path} is a {source.model_class.__name__}, which predicts no next words",
+            "verify and bench measure causal language models; inspect, profile and export take other models too",
+        )
+    return source.path
 
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loaded:
     """Load a model as any user of transformers would, and refuse one whose tensors are not exactly those it declares.
 
     Raises:
-        SourceError: tensors are missing, left over, or of a wrong shape.
+        SourceError, UnsupportedError: see `opened`; or tensors are missing, left over, of a wrong shape or not finite.
     """
     began = time.perf_counter()
-    directory = directory_of(spec.path)
-    _check_config(directory, spec)
+    directory = opened(spec)
     options = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     model, info = loaded
@@ -76,23 +86,15 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loa
             names = ", ".join(sorted(map(str, info[kind]))[:5])
             what = f"{directory}: {kind.replace('_', ' ')}: {names}"
             raise SourceError(what, "the directory is damaged; write it again")
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise SourceError(f"{directory}: {name} holds NaN or infinite numbers", "write or download it again")
     return Loaded(spec, directory, model.eval().to(device), time.perf_counter() - began)
-
-
-def _check_config(directory: Path, spec: ModelSpec) -> None:
-    """Refuse a directory without a config, and make sure that transformers knows our class if it is needed."""
-    try:
-        kind = str(json.loads((directory / "config.json").read_text())["model_type"])
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{directory} has no readable config.json", "give a model directory") from error
-    if kind == "attnopt" and not spec.trust_remote_code:
-        import attnopt.codegen.hf  # noqa: F401 (registers the class)
 
 
 def check_context(job: Job, directories: list[Path]) -> None:
     """Refuse sequences longer than a model promises to read."""
     for spec, directory in zip(job.models, directories, strict=True):
-        _check_config(directory, spec)
         if not job.longest:
             continue
         config = AutoConfig.from_pretrained(

@@ -20,7 +20,7 @@ import transformers
 
 from attnopt.errors import AttnoptError
 from attnopt.evaluate.job import Job
-from attnopt.evaluate.loading import Loaded, check_context, device_of, directory_of, load, load_tokenizers
+from attnopt.evaluate.loading import Loaded, check_context, device_of, load, load_tokenizers, opened
 from attnopt.evaluate.memory import peak_rss_bytes
 from attnopt.evaluate.passkey import Prompt, prompts_of
 from attnopt.evaluate.recording import Original
@@ -91,7 +91,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     began = time.perf_counter()
     device = device_of(job.device)
     # Everything that can be wrong is found before anything is measured.
-    directories = [directory_of(spec.path) for spec in job.models]
+    directories = [opened(spec) for spec in job.models]
     check_context(job, directories)
     tokenizers = load_tokenizers(job, directories)
     passages = list(_passages(job, tokenizers))

@@ -72,7 +72,7 @@ def windows_of(
     ids = tokenizer(read_text(spec), add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // window
     if count == 0:
-        hint = f"give a longer text or {option} {max(2, len(ids))} or less"
+        hint = "give a longer text" + (f" or {option} {len(ids)} or less" if len(ids) > 1 else "")
         raise AttnoptError(f"{spec.file} has {len(ids)} tokens, less than one window of {window}", hint)
     count = min(count, windows) if windows is not None else count
     return [ids[i * window : (i + 1) * window] for i in range(count)]

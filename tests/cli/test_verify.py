@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from attnopt.session import Session
 from attnopt.verification import Verification
 from tests import hostile
 from tests.cli.helpers import Outcome, Run, save_byte_tokenizer
@@ -48,6 +51,9 @@ def test_document_and_gates(cli: Run, roomy: Path, prose: Path) -> None:
     [
         (["--passkey", "300,many"], "--passkey '300,many' is no list of whole numbers", "--passkey 1024,4096"),
         (["--passkey-gate", "0.9"], "needs a passkey test", "--passkey"),
+        (["--passkey", "300", "--passkey-gate", "95"], "a passkey gate of 95.0 is no share", "from 0 to 1"),
+        (["--gate", "0"], "a gate of 0.0 is no ratio", "--gate 1.1"),
+        (["--gate", "nan"], "a gate of nan is no ratio", "--gate 1.1"),
         (["--passkey", "0"], "passkey lengths [0]", "512,2048"),
         (["--long-context", "4"], "a context of 4 tokens is not long", "8192"),
         (["--lm-eval", ""], "no lm-eval tasks named", "arc_easy"),
@@ -60,6 +66,23 @@ def test_refusals_before_a_process_is_started(
     assert outcome.code == 1
     assert message in outcome.err
     assert hint in outcome.err
+
+
+@pytest.mark.parametrize("verb", ["verify", "bench"])
+def test_a_damaged_model_is_no_bug(cli: Run, roomy: Path, prose: Path, tmp_path: Path, verb: str) -> None:
+    damaged = hostile.make("truncated", tmp_path / "model")
+    outcome = cli(verb, damaged, "--against", roomy, *(("--text", prose) if verb == "verify" else ()))
+    assert outcome.code == 1
+    assert "model.safetensors is truncated" in outcome.err
+    assert "copy or download it again" in outcome.err
+
+
+def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with Session(json=True, quiet=True, verbose=False) as session:
+        session.show(Verification({"ratio": math.nan, "rows": [{"x": math.inf}, (1.5, 2)], "passed": True}))
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "ratio": None, "rows": [{"x": None}, [1.5, 2]], "passed": True,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
