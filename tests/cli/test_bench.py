@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import hostile
 from tests.cli.helpers import Run
 
 
@@ -30,8 +31,11 @@ def test_bench_alone_prints_a_table(cli: Run, tiny: Path) -> None:
     assert "ratio" not in told.out
 
 
-def test_bench_refuses(cli: Run, tiny: Path) -> None:
+def test_bench_refuses(cli: Run, tiny: Path, tmp_path: Path) -> None:
     assert cli("bench", tiny, "--context", "many").code == 1
     missing = cli("bench", "nowhere", "--context", "8")
     assert missing.code == 1
     assert "there is no nowhere" in missing.err
+    damaged = cli("bench", hostile.make("truncated", tmp_path / "model"), "--context", "8")
+    assert damaged.code == 1
+    assert "model.safetensors is truncated" in damaged.err
