@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModelForCausalLM
 
 from attnopt.errors import AttnoptError, OptionError, SourceError, UnsupportedError
 from attnopt.evaluate.job import Job, ModelSpec
-from attnopt.rewriter.source import open_source
+from attnopt.rewriter.source import ModelSource, open_source
 
 
 @dataclass
@@ -50,8 +51,8 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def opened(spec: ModelSpec) -> Path:
-    """The Hugging Face directory of a model, its files checked without reading a weight; a GGUF file is imported first.
+def opened(spec: ModelSpec) -> ModelSource:
+    """A model whose files have been checked without reading a weight; a GGUF file is imported first.
 
     Raises:
         SourceError: it is missing, damaged, unsafe or incomplete.
@@ -67,7 +68,7 @@ def opened(spec: ModelSpec) -> Path:
             f"{spec.path} is a {source.model_class.__name__}, which predicts no next words",
             "verify and bench measure causal language models; inspect, profile and export take other models too",
         )
-    return source.path
+    return source
 
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loaded:
@@ -76,11 +77,13 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loa
     Raises:
         SourceError, UnsupportedError: see `opened`; or tensors are missing, left over, of a wrong shape or not finite.
     """
-    began = time.perf_counter()
-    directory = opened(spec)
+    directory = opened(spec).path
     options = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
+    began = time.perf_counter()
     loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     model, info = loaded
+    model.eval().to(device)
+    seconds = time.perf_counter() - began  # without what is checked around it
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:5])
@@ -89,18 +92,13 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: str | torch.device) -> Loa
     for name, weight in model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             raise SourceError(f"{directory}: {name} holds NaN or infinite numbers", "write or download it again")
-    return Loaded(spec, directory, model.eval().to(device), time.perf_counter() - began)
+    return Loaded(spec, directory, model, seconds)
 
 
-def check_context(job: Job, directories: list[Path]) -> None:
+def check_context(job: Job, sources: Sequence[ModelSource]) -> None:
     """Refuse sequences longer than a model promises to read."""
-    for spec, directory in zip(job.models, directories, strict=True):
-        if not job.longest:
-            continue
-        config = AutoConfig.from_pretrained(
-            directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        ).get_text_config()
-        promised = getattr(config, "max_position_embeddings", None)
+    for spec, source in zip(job.models, sources, strict=True):
+        promised = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         if promised is not None and job.longest > promised:
             raise OptionError(
                 f"{spec.name} promises a context of {promised} tokens, {job.longest} were asked for",
@@ -108,17 +106,11 @@ def check_context(job: Job, directories: list[Path]) -> None:
             )
 
 
-def load_tokenizers(job: Job, directories: list[Path]) -> list[Any]:
+def load_tokenizers(job: Job, sources: Sequence[ModelSource]) -> list[Any]:
     """The models' tokenizers if the job needs text; they must agree, or the comparison would mean nothing."""
     if not job.texts and job.prompt is None and job.passkey is None and job.harness is None:
         return []
-    try:
-        tokenizers = [
-            AutoTokenizer.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
-            for spec, directory in zip(job.models, directories, strict=True)
-        ]
-    except Exception as error:  # tokenizers raise whatever their backend raises
-        raise SourceError(f"a tokenizer cannot be loaded: {error}", "copy the model's tokenizer files") from error
+    tokenizers = [source.tokenizer() for source in sources]
     probe = "It costs 3.50, or 1,200 for 7 days.\n\tÄrger — naïve 漢字 🙂"
     first = tokenizers[0](probe, add_special_tokens=False)["input_ids"]
     for spec, tokenizer in zip(job.models, tokenizers, strict=True):

@@ -91,9 +91,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     began = time.perf_counter()
     device = device_of(job.device)
     # Everything that can be wrong is found before anything is measured.
-    directories = [opened(spec) for spec in job.models]
-    check_context(job, directories)
-    tokenizers = load_tokenizers(job, directories)
+    sources = [opened(spec) for spec in job.models]
+    check_context(job, sources)
+    tokenizers = load_tokenizers(job, sources)
     passages = list(_passages(job, tokenizers))
     prompts = prompts_of(job.passkey, tokenizers[0]) if job.passkey is not None else []
     harness = None
