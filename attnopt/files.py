@@ -1,12 +1,14 @@
-"""Writing files so that a crash or a full disk leaves the old or the new one, and an error that says what to do."""
+"""Writing files whole or not at all, with errors that say what to do, and JSON that every reader takes."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from attnopt.errors import AttnoptError
 
@@ -40,6 +42,15 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     part.rename(path)
     sync_directory(path.parent)
+
+
+def json_safe(value: Any) -> Any:
+    """The same lists and objects with null for numbers that JSON cannot say: infinite ones, and what is no number."""
+    if isinstance(value, dict):
+        return {key: json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync_directory(directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from attnopt.errors import AttnoptError
+from attnopt.files import json_safe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,22 +84,13 @@ class Session:
         if self.silent:
             return result.exit_code
         if self.json:
-            self._stdout.write(json_module.dumps(_finite(result.to_json()), ensure_ascii=False) + "\n")
+            self._stdout.write(json_module.dumps(json_safe(result.to_json()), ensure_ascii=False) + "\n")
         else:
             from attnopt.render import output_console
 
             output_console(self._stdout).print(result.view(quiet=self.quiet))
         self._stdout.flush()
         return result.exit_code
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON cannot say: infinite ones, and what is no number."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_failure(error: BaseException, *, json: bool, verbose: bool) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import OptionError, SourceError
-from attnopt.files import write_text, writing
+from attnopt.files import json_safe, write_text, writing
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.safe_tensors import Outgoing, read_bytes, read_header, write_tensors
 from attnopt.rewriter.weights import value_digest
@@ -201,8 +201,8 @@ class Profile:
                 **{part: f"{name}/{part}" for part in info.parts},
             }
             if info.axes in (("site",), ("site", "head"), ("site", "kv_head")):
-                metrics[name]["values"] = _plain(self.metric(name))
-                metrics[name]["spread"] = _plain(self.std(name))
+                metrics[name]["values"] = json_safe(self.metric(name).to(torch.float64).tolist())
+                metrics[name]["spread"] = json_safe(self.std(name).to(torch.float64).tolist())
         groups = [{"layers": list(g.layers), "similarity": g.similarity, "error": g.error} for g in self.groups]
         return {
             "schema": SCHEMA,
@@ -334,14 +334,3 @@ def _sha256(path: Path) -> str:
 
 def _outgoing(name: str, tensor: Tensor) -> Outgoing:
     return Outgoing(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def _plain(tensor: Tensor) -> Sequence[Any]:
-    """Nested lists with None for NaN, which JSON does not have."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, list):
-            return [convert(v) for v in value]
-        return None if value != value else value
-
-    return convert(tensor.to(torch.float64).tolist())
