@@ -157,7 +157,7 @@ def _measured(
     from attnopt.rewriter.steps import MemorySteps
 
     device, learned = resolve_device(options.device), to_learn_from(pipeline.passes)
-    text = from_files(source, calibration, learned.tokens) if calibration.files else None
+    text = from_files(source, calibration, learned) if calibration.files else None
     author = Author(source, learned, calibration, options, device, MemorySteps(), reporter)
     text = author.complete(text, needs_text(plans))
     context = PassContext(calibration=text, device=device, seed=calibration.seed, reporter=reporter, profiles=profiles)
@@ -241,7 +241,7 @@ def _convert(
     dtype, learned = resolve_dtype(options.dtype), to_learn_from(pipeline.passes)
     source = open_model(model, options.trust_remote_code, reporter)
     clock.lap("open")
-    text = from_files(source, calibration, learned.tokens) if calibration.files else None
+    text = from_files(source, calibration, learned) if calibration.files else None
     settings = {
         "calibration": describe(calibration, text),
         "emit": options.emit,

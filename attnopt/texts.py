@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from attnopt.conversion import CalibrationOptions, RunOptions
-    from attnopt.profiles.calibration import Calibration
+    from attnopt.profiles.calibration import Calibration, RecoveryText
     from attnopt.rewriter.passes import LearningText, Pass
     from attnopt.rewriter.source import ModelSource
     from attnopt.rewriter.steps import StepStore
@@ -30,19 +30,38 @@ def to_learn_from(passes: Sequence[Pass]) -> LearningText:
     return max((item.learns_from for item in passes), key=lambda text: text.tokens, default=LearningText())
 
 
-def from_files(source: ModelSource, calibration: CalibrationOptions, recovery: int) -> Calibration:
+def from_files(source: ModelSource, calibration: CalibrationOptions, learned: LearningText) -> Calibration:
     """Text of the files given.
 
     Args:
         source: whose tokenizer is used.
         calibration: the files, and how much of them.
-        recovery: tokens to learn from, beside the calibration text.
+        learned: text to learn from, beside the calibration text.
     """
     from attnopt.profiles.calibration import from_files
 
     return from_files(
-        source.tokenizer(), calibration.files, calibration.tokens, calibration.context, calibration.seed, recovery
-    )
+        source.tokenizer(), calibration.files, calibration.tokens, calibration.context, calibration.seed,
+        learned.tokens, _window(learned, source, _author(source, learned)),
+    )  # fmt: skip
+
+
+def _window(learned: LearningText, source: ModelSource, author: ModelSource) -> int:
+    """Tokens in a window to learn from: what was asked for, as far as both models read."""
+    window = learned.window
+    for model in (source, author):
+        if not model.model_class.can_generate():
+            return 0  # encoders cannot use all of `max_position_embeddings`; they learn in calibration windows
+        reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        window = min(window, reach) if isinstance(reach, int) else window
+    return window
+
+
+def _author(source: ModelSource, learned: LearningText) -> ModelSource:
+    """The model that writes."""
+    from attnopt.rewriter.source import open_source
+
+    return source if learned.author is None else open_source(learned.author)
 
 
 @dataclass(frozen=True)
@@ -98,21 +117,36 @@ class Author:
 
     def _with_text_to_learn_from(self, text: Calibration) -> Calibration:
         """With what is missing of it, once what was left of the files and their calibration windows have been read."""
-        own, tokens = text.recovery, self.learned.tokens
-        missing = tokens if own is None else tokens - own.numel() - text.windows.numel()
-        if missing <= 0 or (own is not None and self.learned.again):
+        there, tokens = text.recovery, self.learned.tokens
+        missing = tokens if there is None else tokens - there.windows.numel() - there.seen.numel()
+        if missing <= 0 or (there is not None and self.learned.again):
             return text
         self.reporter.say(f"the model writes {missing:,} tokens to learn from")
         try:
-            written = self._written(missing)
+            if there is None:
+                return replace(text, recovery=self._all_written(text, missing))
+            return replace(text, recovery=there.with_written(self._written(missing, there.window)))
         except UnsupportedError as reason:
-            if own is None:
+            if there is None:
                 raise
             self.reporter.warn(f"the files have too little text to learn from, so it will come again: {reason}")
             return text
-        return text.with_recovery(written)
 
-    def _written(self, tokens: int) -> torch.Tensor:
+    def _all_written(self, text: Calibration, tokens: int) -> RecoveryText:
+        """Text to learn from where there are no files, with some more to judge by if its windows are longer."""
+        from attnopt.profiles.calibration import SELECTION_EVERY, RecoveryText, joined_windows
+
+        joined = joined_windows(text.context, _window(self.learned, self.source, self._writer), tokens, text.tokens)
+        length = joined * text.context
+        seen = text.windows.new_empty(0, length)
+        if joined == 1:
+            windows = self._written(tokens, length)
+            return RecoveryText(windows, seen, text.selection, len(windows))
+        held_out = max(1, min(text.selection.numel(), tokens // SELECTION_EVERY) // length)
+        windows = self._written(tokens + held_out * length, length)
+        return RecoveryText(windows[:-held_out], seen, windows[-held_out:], len(windows) - held_out)
+
+    def _written(self, tokens: int, window: int) -> torch.Tensor:
         from attnopt.profiles.writing import self_written
         from attnopt.rewriter.weights import evaluate
 
@@ -124,13 +158,11 @@ class Author:
             self.steps.save(step, {"windows": windows}, {})
             return windows
 
-        return self_written(self._writer, tokens, self.calibration.context, self.calibration.seed, kept, **self._how)
+        return self_written(self._writer, tokens, window, self.calibration.seed, kept, **self._how)
 
     @cached_property
     def _writer(self) -> ModelSource:
-        from attnopt.rewriter.source import open_source
-
-        return self.source if self.learned.author is None else open_source(self.learned.author)
+        return _author(self.source, self.learned)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -145,6 +177,7 @@ def describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[
     if text is not None:
         found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
         if text.recovery is not None:
-            found["recovery_tokens"] = text.recovery.numel()
-            found["recovery_tokens_written"] = text.recovery_written * text.context
+            found["recovery_tokens"] = text.recovery.windows.numel()
+            found["recovery_tokens_written"] = text.recovery.written * text.recovery.window
+            found["recovery_window"] = text.recovery.window
     return found

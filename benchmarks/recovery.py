@@ -160,7 +160,6 @@ def main() -> None:
     options.add_argument("--method", default="to-mla{kv-keep=0.5}", help="pipeline text of one pass with a refit")
     options.add_argument("--tokens", type=int, action="append", help="to distil; may be repeated")
     options.add_argument("--distill", default="", help="more options of distill, as in pipeline text")
-    options.add_argument("--distill-context", type=int, help="tokens in a window of distill, if not --context")
     options.add_argument("--calib", choices=("text", "self"), default="text")
     options.add_argument("--passkey", type=int, action="append", help="tokens of a text to find a number in")
     options.add_argument("--long-context", type=int, help="perplexity by position in windows of so many tokens")
@@ -179,11 +178,8 @@ def main() -> None:
                 continue
             out = folder / stage.name
             model = str(folder / "refit") if stage.goes_on else arguments.model
-            own = argparse.Namespace(**vars(arguments))
-            if stage.goes_on:
-                own.context = arguments.distill_context or arguments.context
-            make_it = partial(make, own, model, stage.pipeline, text)
-            row = kept_row(own, out, make_it, pipeline=stage.pipeline, calib=arguments.calib)
+            make_it = partial(make, arguments, model, stage.pipeline, text)
+            row = kept_row(arguments, out, make_it, pipeline=stage.pipeline, calib=arguments.calib)
             if stage.name == "refit":
                 refit = row
             if stage.goes_on:
@@ -199,8 +195,7 @@ def main() -> None:
         rows = [{**row, **more} for row, more in zip(rows, far(arguments, outs), strict=True)]
     if arguments.plot:
         arguments.plot.write_text(page(rows), encoding="utf-8")
-    more = {"calib": arguments.calib, "distill_context": arguments.distill_context, "cpus": os.cpu_count()}
-    print(document("recovery", arguments, rows, **more))
+    print(document("recovery", arguments, rows, calib=arguments.calib, cpus=os.cpu_count()))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch
 
 from attnopt.conversion import CalibrationOptions, RunOptions
 from attnopt.profiles import writing
-from attnopt.profiles.calibration import Calibration, divide
+from attnopt.profiles.calibration import Calibration, RecoveryText, divide
 from attnopt.progress import Silent
 from attnopt.rewriter.passes import LearningText
 from attnopt.rewriter.steps import MemorySteps, StepStore
-from attnopt.texts import Author, to_learn_from
+from attnopt.texts import Author, _window, describe, to_learn_from
 from tests.profiles.test_writing import source_of, tiny_llama
 
 CONTEXT = 16
@@ -31,7 +31,7 @@ def of_a_file() -> Calibration:
     """Seven windows to calibrate on, one to choose by, and one that is left to learn from."""
     ids = torch.arange(9 * CONTEXT).view(9, CONTEXT)
     text = divide(ids[:8], "file.txt", 0)
-    return text.with_recovery(ids[8:])
+    return replace(text, recovery=RecoveryText(ids[8:], text.windows, text.selection))
 
 
 def test_what_files_lack_is_written_and_all_of_it_without_files() -> None:
@@ -40,13 +40,48 @@ def test_what_files_lack_is_written_and_all_of_it_without_files() -> None:
     alone = author(MemorySteps()).complete(None, True)
     assert mixed is not None
     assert mixed.recovery is not None
-    assert mixed.recovery_written == len(mixed.recovery) - 1 == 20 - 1 - 7
-    assert torch.equal(mixed.recovery[:1], torch.arange(8 * CONTEXT, 9 * CONTEXT)[None])
+    assert mixed.recovery.written == len(mixed.recovery.windows) - 1 == 20 - 1 - 7
+    assert torch.equal(mixed.recovery.windows[:1], torch.arange(8 * CONTEXT, 9 * CONTEXT)[None])
     assert alone is not None
     assert alone.recovery is not None
-    assert alone.recovery_written == len(alone.recovery) == 20
-    assert len(alone.recovery[:, 0].unique()) > 10
-    assert not (alone.recovery[:, None] == alone.windows[None]).all(-1).any()
+    assert alone.recovery.written == len(alone.recovery.windows) == 20
+    assert len(alone.recovery.windows[:, 0].unique()) > 10
+    assert not (alone.recovery.windows[:, None] == alone.windows[None]).all(-1).any()
+    assert alone.recovery.selection is alone.selection
+
+
+def test_longer_windows_are_written_with_others_to_judge_by() -> None:
+    learned = LearningText(64 * CONTEXT, window=2 * CONTEXT)
+    sizes = CalibrationOptions((), 32 * CONTEXT, CONTEXT, 0)
+    text = replace(author(MemorySteps()), learned=learned, calibration=sizes).complete(None, True)
+    assert text is not None
+    assert text.recovery is not None
+    assert text.windows.shape == (28, CONTEXT)
+    assert text.recovery.windows.shape == (32, 2 * CONTEXT)
+    assert text.recovery.selection.shape == (2, 2 * CONTEXT)
+    pools = text.recovery.windows, text.recovery.selection
+    assert not (pools[0][:, None] == pools[1][None]).all(-1).any()
+    assert describe(sizes, text)["recovery_tokens_written"] == 64 * CONTEXT
+    assert describe(sizes, text)["recovery_window"] == 2 * CONTEXT
+
+
+def test_what_files_lack_is_written_in_windows_of_the_same_length() -> None:
+    ids = torch.arange(8 * CONTEXT).view(4, 2 * CONTEXT)
+    given = replace(of_a_file(), recovery=RecoveryText(ids[:1], ids[1:3], ids[3:]))
+    mixed = author(MemorySteps()).complete(given, True)
+    assert mixed is not None
+    assert mixed.recovery is not None
+    assert mixed.recovery.windows.shape == (1 + 7, 2 * CONTEXT)
+    assert mixed.recovery.written == 7
+    assert torch.equal(mixed.recovery.selection, ids[3:])
+
+
+@pytest.mark.parametrize(("asked", "reach", "expected"), [(100, 64, 64), (48, 64, 48), (0, 64, 0)])
+def test_windows_are_no_longer_than_the_models_read(asked: int, reach: int, expected: int) -> None:
+    long, short = source_of(tiny_llama(vocab_size=300)), source_of(tiny_llama(vocab_size=300))
+    short.config.max_position_embeddings = reach
+    assert _window(LearningText(1, window=asked), long, short) == expected
+    assert _window(LearningText(1, window=asked), short, long) == expected
 
 
 def test_enough_text_stays_as_it_is() -> None:
@@ -60,7 +95,8 @@ def test_files_are_read_again_if_that_is_asked_for_and_without_files_there_is_no
     assert author(MemorySteps(), again=True).complete(given, True) is given
     alone = author(MemorySteps(), again=True).complete(None, True)
     assert alone is not None
-    assert alone.recovery_written == 20
+    assert alone.recovery is not None
+    assert alone.recovery.written == 20
 
 
 class Asks:
@@ -93,4 +129,4 @@ def test_text_is_written_once(files: bool, monkeypatch: pytest.MonkeyPatch) -> N
     assert first.sha256 == second.sha256
     assert first.recovery is not None
     assert second.recovery is not None
-    assert torch.equal(first.recovery, second.recovery)
+    assert torch.equal(first.recovery.windows, second.recovery.windows)

@@ -23,8 +23,40 @@ if TYPE_CHECKING:
 #: Of these many windows, one is kept for selection.
 SELECTION_EVERY = 8
 
+#: What is to be learned from comes in this many windows at least, and what is calibrated on in twice as many: longer
+#: windows are not worth fewer of them.
+LEAST_WINDOWS = 8
+#: Longer windows must use so much of the text that shorter ones would: files are no multiples of them.
+LEAST_USE = 0.8
+
 #: No more than this is read of one file: tokenising more takes minutes and the windows are spread over it anyway.
 MAX_FILE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class RecoveryText:
+    """Text to learn from, in windows of a length of its own.
+
+    Attributes:
+        windows: int64 [k, S] of text that nothing is calibrated on.
+        seen: int64 [l, S], the text that is calibrated on.
+        selection: int64 [m, S] to judge by: the calibration's selection, or other text of the same kind.
+        written: how many of `windows`, the last ones, the model wrote.
+    """
+
+    windows: Tensor
+    seen: Tensor
+    selection: Tensor
+    written: int = 0
+
+    @property
+    def window(self) -> int:
+        """Tokens in a window."""
+        return self.windows.shape[1]
+
+    def with_written(self, written: Tensor) -> RecoveryText:
+        """With windows [n, S] that the model wrote behind those that are there."""
+        return replace(self, windows=torch.cat([self.windows, written]), written=len(written))
 
 
 @dataclass(frozen=True)
@@ -37,8 +69,7 @@ class Calibration:
         source: "self", or the file names.
         sha256: hash of all token ids and of how they are divided.
         seed: of the sampling.
-        recovery: int64 [k, context], disjoint from both, to learn from; None if no pass asked for it.
-        recovery_written: how many of those windows the model wrote.
+        recovery: text to learn from; None if no pass asked for it.
     """
 
     windows: Tensor
@@ -46,8 +77,7 @@ class Calibration:
     source: str
     sha256: str
     seed: int
-    recovery: Tensor | None = None
-    recovery_written: int = 0
+    recovery: RecoveryText | None = None
 
     @property
     def context(self) -> int:
@@ -59,11 +89,6 @@ class Calibration:
         """Tokens in both pools."""
         return self.windows.numel() + self.selection.numel()
 
-    def with_recovery(self, written: Tensor) -> Calibration:
-        """With windows [n, context] to learn from that the model wrote, behind those that are there."""
-        there = self.windows[:0] if self.recovery is None else self.recovery
-        return replace(self, recovery=torch.cat([there, written]), recovery_written=len(written))
-
 
 def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     """Divide windows [n, context] into the two pools, the selection spread evenly over the text.
@@ -71,6 +96,12 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     Raises:
         OptionError: if there are fewer than two windows.
     """
+    rest, chosen = _pools(ids)
+    return _calibration(rest, chosen, source, seed)
+
+
+def _pools(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(windows to fit on, windows to choose by), the second spread evenly over the text."""
     n = ids.shape[0]
     if n < 2:
         raise OptionError(
@@ -81,15 +112,36 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     chosen = torch.tensor(sorted({(2 * i + 1) * n // (2 * held) for i in range(held)}))
     rest = torch.ones(n, dtype=torch.bool)
     rest[chosen] = False
-    windows, selection = ids[rest].long().contiguous(), ids[chosen].long().contiguous()
+    return ids[rest].long().contiguous(), ids[chosen].long().contiguous()
+
+
+def _calibration(windows: Tensor, selection: Tensor, source: str, seed: int) -> Calibration:
     digest = hashlib.sha256(repr((tuple(windows.shape), tuple(selection.shape))).encode())
     for pool in (windows, selection):
         digest.update(pool.numpy().astype("<i8").tobytes())
     return Calibration(windows, selection, source, digest.hexdigest(), seed)
 
 
+def joined_windows(context: int, window: int, learned: int, calibrated: int) -> int:
+    """How many windows of `context` tokens make one to learn from.
+
+    Args:
+        context: tokens in a calibration window.
+        window: tokens wanted in a window to learn from.
+        learned, calibrated: tokens to learn from and to calibrate on.
+    """
+    most = min(window, learned // LEAST_WINDOWS, calibrated // (2 * LEAST_WINDOWS))
+    return max(1, most // context)
+
+
 def from_files(
-    tokenizer: Any, files: Sequence[str | Path], tokens: int, context: int, seed: int = 0, recovery: int = 0
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    tokens: int,
+    context: int,
+    seed: int = 0,
+    recovery: int = 0,
+    recovery_window: int = 0,
 ) -> Calibration:
     """Windows of the text in files, spread evenly over each; every file gives as many as it can of an equal share.
 
@@ -102,7 +154,9 @@ def from_files(
         tokens: at most this many in all.
         context: tokens in a window.
         seed: recorded only.
-        recovery: at most this many tokens more, of other windows, for `Calibration.recovery`.
+        recovery: at most this many tokens more, of other text, for `Calibration.recovery`.
+        recovery_window: tokens in a window of that, as `joined_windows` allows. Calibration windows that are to be
+            joined lie side by side in the text.
 
     Raises:
         SourceError: a file is missing, not UTF-8 text, or empty.
@@ -111,10 +165,24 @@ def from_files(
     check_sizes(tokens, context)
     frame = text_frame(tokenizer)
     body = context - len(frame[0]) - len(frame[1])
-    streams = [_cut(_token_ids(tokenizer, Path(file)), body) for file in files]
-    ids, rest = _shares(streams, tokens // context)
-    text = divide(_framed(ids, frame), ", ".join(Path(file).name for file in files), seed)
-    return replace(text, recovery=_framed(_shares(rest, recovery // context)[0], frame)) if recovery else text
+    texts = [_token_ids(tokenizer, Path(file)) for file in files]
+    there = _whole_windows(texts, body)
+    joined = joined_windows(context, recovery_window, recovery, min(tokens, there * context))
+    while joined > 1 and joined * _whole_windows(texts, joined * body) < LEAST_USE * there:
+        joined -= 1
+    blocks, left = _shares([_cut(ids, joined * body) for ids in texts], tokens // (joined * context))
+    pools = _pools(blocks)
+    windows, selection = (_framed(pool.reshape(-1, body), frame) for pool in pools)
+    text = _calibration(windows, selection, ", ".join(Path(file).name for file in files), seed)
+    if not recovery:
+        return text
+    unseen = _shares(left, recovery // (joined * context))[0].long()
+    learned, seen, held_out = (_framed(pool, frame) for pool in (unseen, *pools))
+    return replace(text, recovery=RecoveryText(learned, seen, held_out))
+
+
+def _whole_windows(texts: Sequence[Sequence[int]], length: int) -> int:
+    return sum(len(ids) // length for ids in texts)
 
 
 def _shares(streams: Sequence[Tensor], budget: int) -> tuple[Tensor, list[Tensor]]:

@@ -71,7 +71,7 @@ def self_written(
     memory_budget: float | None = None,
     reporter: Reporter | None = None,
 ) -> Tensor:
-    """More text that the model writes itself, for `Calibration.recovery`, in parts that can be kept.
+    """More text that the model writes itself, for `RecoveryText`, in parts that can be kept.
 
     Args:
         source, tokens, context, device, memory_budget, reporter: as for `self_sampled`.

@@ -146,11 +146,13 @@ class LearningText:
         tokens: how much; 0 for a pass that does not learn.
         author: directory or id of the model that writes what files lack; None for the one that is changed.
         again: whether files with too little text are read again instead.
+        window: tokens in a window of it, if it and the model's reach allow; windows of calibration text are the least.
     """
 
     tokens: int = 0
     author: str | None = None
     again: bool = False
+    window: int = 0
 
 
 class Item(Options, ABC):

@@ -77,6 +77,7 @@ def test_distillation_is_written_with_its_curve(cli: Cli, model: Path, text: Pat
     assert curve["held_out"][0] == [0, manifest["recovery"]["held_out_before"]]
     assert manifest["recovery"]["held_out_after"] < manifest["recovery"]["held_out_before"]
     assert manifest["options"]["calibration"]["recovery_tokens"] == 4096
+    assert manifest["options"]["calibration"]["recovery_window"] == 64  # a sixteenth of 1,024
     page = (tmp_path / "out" / "recovery.html").read_text()
     assert "held-out text" in page
     assert 'src="http' not in page

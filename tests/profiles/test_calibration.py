@@ -9,7 +9,7 @@ import torch
 
 from attnopt.errors import OptionError, SourceError
 from attnopt.profiles import calibration
-from attnopt.profiles.calibration import divide, from_files
+from attnopt.profiles.calibration import RecoveryText, divide, from_files, joined_windows
 
 BOS, EOS = 300, 301
 
@@ -38,6 +38,22 @@ def text_file(folder: Path, name: str, text: str) -> Path:
 
 def rows(pool: torch.Tensor) -> set[tuple[int, ...]]:
     return {tuple(row) for row in pool.tolist()}
+
+
+def recovery_of(made: calibration.Calibration) -> RecoveryText:
+    assert made.recovery is not None
+    return made.recovery
+
+
+@pytest.mark.parametrize(
+    ("window", "learned", "calibrated", "expected"),
+    [(64, 10_000, 10_000, 4), (79, 10_000, 10_000, 4), (0, 10_000, 10_000, 1), (8, 10_000, 10_000, 1),
+     (64, 8 * 32, 10_000, 2), (64, 10_000, 16 * 48, 3), (64, 10, 10, 1)],
+)  # fmt: skip
+def test_windows_are_joined_as_far_as_enough_of_them_are_left(
+    window: int, learned: int, calibrated: int, expected: int
+) -> None:
+    assert joined_windows(16, window, learned, calibrated) == expected
 
 
 class TestDivide:
@@ -110,6 +126,37 @@ class TestFromFiles:
         assert (everything[:, 0] == BOS).all()
         assert (everything[:, -1] == EOS).all()
         assert (everything[:, 1:-1] == ord("x")).all()
+
+    def test_text_to_learn_from_is_what_is_left(self, tmp_path: Path) -> None:
+        path = text_file(tmp_path, "a", "".join(chr(i) for i in range(0x4E00, 0x4E00 + 400)))
+        made = from_files(Bytes(), [path], tokens=768, context=12, recovery=96)
+        learned = recovery_of(made)
+        pools = [rows(pool) for pool in (made.windows, made.selection, learned.windows)]
+        assert learned.windows.shape == (8, 12)
+        assert len(set.union(*pools)) == sum(map(len, pools)) == 64 + 8
+        assert torch.equal(learned.seen, made.windows)
+        assert torch.equal(learned.selection, made.selection)
+
+    def test_windows_to_learn_from_may_be_longer_and_those_calibrated_on_are_parts_of_them(
+        self, tmp_path: Path
+    ) -> None:
+        path = text_file(tmp_path, "a", "".join(chr(i) for i in range(0x4E00, 0x4E00 + 2000)))
+        made = from_files(Bytes(bos=True), [path], tokens=1280, context=11, recovery=880, recovery_window=40)
+        learned = recovery_of(made)
+        # Three windows of one BOS token and ten others; a long one has one BOS token and all thirty others.
+        assert learned.window == 31
+        assert len(learned.windows) == 880 // 33
+        assert torch.equal(learned.seen[:, 1:].reshape(-1, 10), made.windows[:, 1:])
+        assert torch.equal(learned.selection[:, 1:].reshape(-1, 10), made.selection[:, 1:])
+        pools = [rows(pool) for pool in (learned.windows, learned.seen, learned.selection)]
+        assert len(set.union(*pools)) == sum(map(len, pools))
+        assert all((pool[:, 0] == BOS).all() for pool in (learned.windows, learned.seen, learned.selection))
+
+    def test_short_files_keep_windows_short(self, tmp_path: Path) -> None:
+        files = [text_file(tmp_path, str(n), chr(97 + n) * 70) for n in range(20)]
+        made = from_files(Bytes(), files, tokens=1280, context=16, recovery=640, recovery_window=48)
+        assert recovery_of(made).window == 32  # 64 of 70 tokens are used then, 48 with three windows in one
+        assert made.tokens == 1280
 
     @pytest.mark.parametrize("text", ["", " \n\t\n"])
     def test_empty_text_is_refused(self, tmp_path: Path, text: str) -> None:

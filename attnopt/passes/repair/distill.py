@@ -17,6 +17,7 @@ from attnopt.passes.repair.loss import Kind
 from attnopt.passes.repair.parameters import Selection, select
 from attnopt.passes.repair.student import Model, Pool
 from attnopt.passes.repair.training import TOKENS_AT_ONCE, History, Settings, Training, merged
+from attnopt.profiles.calibration import Calibration
 from attnopt.rewriter import parallel
 from attnopt.rewriter.capture import capture
 from attnopt.rewriter.passes import LearningText, Pass, PassContext, PassResult, Plan, SitePlan, option, sites_differing
@@ -49,7 +50,10 @@ class Distill(Pass):
         help="largest step, relative to each weight's size; none follows from the distance",
         minimum=0,
     )
-    batch: int = option(Settings.batch, help="tokens per step", minimum=1)
+    window: int = option(
+        2048, help="tokens in a window to learn from; less where the text or --calib-tokens are short", minimum=1
+    )
+    batch: int = option(Settings.batch, help="tokens per step, a window at least", minimum=1)
     warmup: float = option(Settings.warmup, help="share of the steps in which the rate rises", minimum=0, maximum=1)
     decay: float = option(Settings.decay, help="weight decay, towards what the weights are now", minimum=0)
     checks: int = option(Settings.checks, help="how often the held-out text is looked at", minimum=1)
@@ -96,7 +100,7 @@ class Distill(Pass):
     @property
     def learns_from(self) -> LearningText:
         """The model to learn from writes as it speaks; one that was converted already writes worse."""
-        return LearningText(self.tokens, self.teacher, self.again)
+        return LearningText(self.tokens, self.teacher, self.again, self.window)
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Train.
@@ -111,16 +115,17 @@ class Distill(Pass):
         original = context.original if context.original is not None else program
         target = original if self.teacher is None else other_teacher(self.teacher, program, context)
         kind: Kind = "kl" if program.outputs[0] == "logits" else "squared"
+        windows, held_out, repeated = self._text(context.calibration)
         pool: Pool = {}
         teacher = Model(target, pool, dtype=context.dtype, device=context.device)
         student = Model(
             program, pool, selection,
-            dtype=context.dtype, device=context.device, recompute=self._recompute(program, context), seed=context.seed,
+            dtype=context.dtype, device=context.device, seed=context.seed,
+            recompute=self._recompute(program, windows.shape[1], context),
         )  # fmt: skip
         shard(teacher, student)
-        windows, repeated = self._windows(context)
         training = Training(
-            student, teacher, windows, context.calibration.selection, self._settings(kind, context), context,
+            student, teacher, windows, held_out, self._settings(kind, context), context,
             min(reach_of(program), reach_of(target)),
         )  # fmt: skip
         history = training.run()
@@ -142,26 +147,25 @@ class Distill(Pass):
             kind=kind, seed=context.seed,
         )  # fmt: skip
 
-    def _windows(self, context: PassContext) -> tuple[Tensor, bool]:
-        """(windows to learn from, whether calibration text is among them).
+    def _text(self, text: Calibration) -> tuple[Tensor, Tensor, bool]:
+        """(windows to learn from, windows to judge by, whether calibration text is among the first).
 
         Text that nothing was calibrated on comes first; where that is not enough, calibration text serves better than
         the same text again. The selection never serves: it judges.
         """
-        text = context.calibration
-        own: Tensor | None = text.recovery
-        if own is None or not len(own):
-            return text.windows, True
-        if own.numel() >= self.tokens:
-            return own, False
-        missing = -(-(self.tokens - own.numel()) // own.shape[1])
-        return torch.cat([own, text.windows[:missing]]), True
+        own = text.recovery
+        if own is None:
+            return text.windows, text.selection, True
+        if own.windows.numel() >= self.tokens or not len(own.seen):
+            return own.windows, own.selection, False
+        missing = -(-(self.tokens - own.windows.numel()) // own.window)
+        return torch.cat([own.windows, own.seen[:missing]]), own.selection, True
 
-    def _recompute(self, program: Program, context: PassContext) -> bool:
+    def _recompute(self, program: Program, window: int, context: PassContext) -> bool:
         if self.recompute != "auto":
             return self.recompute == "always"
         width = max(site.o.out_features for site in program.site_list)
-        tokens = min(TOKENS_AT_ONCE[context.device.type], self.batch)
+        tokens = max(window, min(TOKENS_AT_ONCE[context.device.type], self.batch))
         kept = 4 * tokens * width * KEPT_PER_LAYER * len(program.sites)
         return kept > min(KEPT_BYTES, (context.memory_budget or KEPT_BYTES * 2) // 2)
 

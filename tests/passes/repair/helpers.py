@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attnopt.profiles.calibration import Calibration
+from attnopt.profiles.calibration import Calibration, RecoveryText
 from attnopt.rewriter.interpret import run
 from attnopt.rewriter.passes import PassContext
 from attnopt.rewriter.program import Program
@@ -42,7 +42,8 @@ class KilledSteps(MemorySteps):
 def text(windows: int = 17, context: int = 32, more: int = 24) -> Calibration:
     generator = torch.Generator().manual_seed(5)
     own = torch.randint(3, models.VOCAB, (more, context), generator=generator)
-    return replace(calibration(windows, context), recovery=own)
+    given = calibration(windows, context)
+    return replace(given, recovery=RecoveryText(own, given.windows, given.selection))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from attnopt.passes.repair.distill import Distill
 from attnopt.passes.repair.loss import divergence
 from attnopt.passes.repair.parameters import select, step_size
 from attnopt.passes.repair.student import Head, Model, output_of
-from attnopt.passes.repair.training import RATE_PER_NAT, RATES, _since_lowest, merged
+from attnopt.passes.repair.training import RATE_PER_NAT, RATES, Training, _since_lowest, merged
+from attnopt.profiles.calibration import RecoveryText
 from attnopt.rewriter.interpret import run
 from attnopt.rewriter.passes import PassResult
 from attnopt.rewriter.printer import short_print
 from attnopt.rewriter.program import Program
 from tests import models
 from tests.passes.helpers import apply, with_weights
-from tests.passes.repair.helpers import KilledError, KilledSteps, context, converted, loss
+from tests.passes.repair.helpers import KilledError, KilledSteps, context, converted, loss, text
 
 QUICK: dict[str, Any] = {"tokens": 1280, "batch": 128, "rate": 0.01, "checks": 2}
 
@@ -204,6 +206,21 @@ def test_merged_adapters_are_the_adapters() -> None:
     name = next(n for n, w in weights.items() if w.low)
     size = (other.weights.get(name) - program.weights.get(name)).double()
     assert int(torch.linalg.matrix_rank(size, rtol=1e-5)) <= 3
+
+
+def test_windows_to_learn_from_may_be_longer_than_calibration_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, program = converted()
+    given = text()
+    windows, seen, selection = (torch.arange(64 * n).view(n, 64) % models.VOCAB for n in (6, 3, 2))
+    recovery = RecoveryText(windows, seen, selection)
+    lengths: list[tuple[int, ...]] = []
+    of = Training._loss
+    monkeypatch.setattr(Training, "_loss", lambda self, *ids: (lengths.append(tuple(ids[0].shape)), of(self, *ids))[1])
+    how = {"tokens": 8 * 64, "batch": 128, "checks": 1}
+    result = distil(program, original, how, calibration=replace(given, recovery=recovery))
+    assert lengths == [(2, 64)] * 6  # the selection, four steps, and the selection
+    assert result.summary["text_tokens"] == 8 * 64
+    assert result.summary["calibration_text_repeated"]
 
 
 def test_weights_are_chosen_by_name() -> None:
