@@ -127,7 +127,7 @@ def far(arguments: argparse.Namespace, outs: list[Path]) -> list[dict[str, Any]]
         if arguments.long_context:
             buckets = report["long_context"][0]["converted"][out.name]["buckets"]
             row["by_position"] = [
-                {key: b[key] for key in ("from", "to", "ln_ratio", "standard_error")} for b in buckets
+                {key: b[key] for key in ("from", "to", "ln_ratio", "kl", "standard_error")} for b in buckets
             ]
         found.append(row)
     return found
