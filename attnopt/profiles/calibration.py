@@ -10,15 +10,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt.errors import OptionError, SourceError
-
-if TYPE_CHECKING:
-    pass
 
 #: Of these many windows, one is kept for selection.
 SELECTION_EVERY = 8
@@ -96,8 +93,7 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
     Raises:
         OptionError: if there are fewer than two windows.
     """
-    rest, chosen = _pools(ids)
-    return _calibration(rest, chosen, source, seed)
+    return _calibration(*_pools(ids), source, seed)
 
 
 def _pools(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +172,7 @@ def from_files(
     text = _calibration(windows, selection, ", ".join(Path(file).name for file in files), seed)
     if not recovery:
         return text
-    unseen = _shares(left, recovery // (joined * context))[0].long()
+    unseen, _ = _shares(left, recovery // (joined * context))
     learned, seen, held_out = (_framed(pool, frame) for pool in (unseen, *pools))
     return replace(text, recovery=RecoveryText(learned, seen, held_out))
 
