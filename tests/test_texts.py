@@ -14,7 +14,7 @@ from attnopt.profiles.calibration import Calibration, RecoveryText, divide
 from attnopt.progress import Silent
 from attnopt.rewriter.passes import LearningText
 from attnopt.rewriter.steps import MemorySteps, StepStore
-from attnopt.texts import Author, _window, describe, to_learn_from
+from attnopt.texts import RECOVERY_STEP, Author, _window, describe, to_learn_from
 from tests.profiles.test_writing import source_of, tiny_llama
 
 CONTEXT = 16
@@ -111,6 +111,17 @@ def test_the_pass_that_learns_from_most_says_what_text() -> None:
     passes: Any = [Asks(nothing), Asks(less), Asks(most)]
     assert to_learn_from(passes) == most
     assert to_learn_from([]) == nothing
+
+
+def test_what_is_written_side_by_side_is_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cut off writes no more than that again, however long the windows are."""
+    whole = author(steps := MemorySteps()).complete(None, True)
+    itemsize = writing.sampling_dtype("cpu").itemsize
+    monkeypatch.setattr(writing, "SAMPLING_CACHE_BYTES", 8 * CONTEXT * itemsize * 2 * 2 * 2 * 8)
+    assert writing.sampling_batch(tiny_llama().config, CONTEXT, itemsize) == 8
+    parts = author(few := MemorySteps()).complete(None, True)
+    assert [len(text.recovery.windows) for text in (whole, parts) if text and text.recovery] == [20, 20]
+    assert [sum(name.startswith(RECOVERY_STEP) for name in s.steps_done()) for s in (steps, few)] == [1, 3]
 
 
 @pytest.mark.parametrize("files", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from attnopt.errors import UnsupportedError
@@ -167,14 +168,51 @@ def test_a_cache_with_room_holds_what_a_growing_one_does(family: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_one_token_is_as_exact_as_in_float32(masked: bool) -> None:
+@pytest.mark.parametrize("heads", [9, 3])
+def test_attention_of_one_token_is_what_it_is_in_float32(heads: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 9, 1, 16, generator=generator).bfloat16()
+    q = torch.randn(2, heads, 1, 16, generator=generator).bfloat16()
     k, v = (torch.randn(2, 3, 40, 16, generator=generator).bfloat16() for _ in range(2))
     mask = torch.zeros(2, 1, 1, 40, dtype=torch.bfloat16).masked_fill_(torch.arange(40) < 7, -1e4) if masked else None
+    options = {"enable_gqa": True, "scale": 0.3}
     expected = scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), attn_mask=None if mask is None else mask.float(), enable_gqa=True
+        q.float(), k.float(), v.float(), attn_mask=None if mask is None else mask.float(), **options
     )
     with SingleQueries():
-        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    assert torch.equal(found, expected.bfloat16())
+        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    assert found.shape == q.shape and found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), expected, atol=0.01)
+
+
+class Seen(TorchFunctionMode):
+    """Keeps the shapes of the queries that attention gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "dtype", "options", "given"),
+    [
+        (9, 1, torch.bfloat16, {}, (2, 3, 3, 16)),  # heads that share keys side by side
+        (3, 1, torch.bfloat16, {}, (2, 3, 2, 16)),  # two at least
+        (9, 1, torch.float32, {}, (2, 9, 1, 16)),  # its kernel is as fast for one query
+        (9, 5, torch.bfloat16, {}, (2, 9, 5, 16)),
+        (9, 1, torch.bfloat16, {"is_causal": True}, (2, 9, 1, 16)),  # the second row would see what the first does not
+        (9, 1, torch.bfloat16, {"attn_mask": torch.zeros(2, 9, 1, 40).bfloat16()}, (2, 9, 1, 16)),  # of each head
+    ],
+)
+def test_only_single_queries_that_see_the_same_go_side_by_side(
+    heads: int, tokens: int, dtype: torch.dtype, options: dict[str, Any], given: tuple[int, ...]
+) -> None:
+    q = torch.randn(2, heads, tokens, 16).to(dtype)
+    k, v = (torch.randn(2, 3, 40, 16).to(dtype) for _ in range(2))
+    with Seen() as seen, SingleQueries():
+        found = scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+    assert seen.shapes == [given] and found.shape == q.shape
