@@ -288,8 +288,8 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
 class SingleQueries(TorchFunctionMode):
     """Attention of one token on a processor, in 16 bits: heads that share keys go as queries of one, two at least.
 
-    For a single query its kernel takes 4 times as long, and copies of the keys and values in float32 take longer than
-    attention does (measured: 27 of 43 ms a layer at 1,472 tokens and 22 sequences, SmolLM2-135M).
+    For a single query its kernel takes 4 times as long, and copies of long keys and values in float32 take longer than
+    attention does; `benchmarks/writing_speed.py` has what a step takes.
     """
 
     def __torch_function__(
