@@ -56,7 +56,6 @@ def measured(model: Any, window: int, repeats: int) -> dict[str, Any]:
 
     batch = sampling_batch(model.config, window, model.dtype.itemsize)
     found: dict[str, Any] = {"window": window, "sequences": batch, "milliseconds": {}}
-    means = dict.fromkeys(KINDS, 0.0)
     for place in (window // 4, window // 2, 3 * window // 4):
         caches = {kind: filled(model, kind, batch, place, window) for kind in KINDS}
         times: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -64,9 +63,8 @@ def measured(model: Any, window: int, repeats: int) -> dict[str, Any]:
             for kind in KINDS:
                 took = step(model, kind, caches[kind], batch, place + turn)
                 times[kind] += [took] if turn else []  # the first step warms up
-        row = {kind: round(statistics.median(values), 1) for kind, values in times.items()}
-        found["milliseconds"][place] = row
-        means = {kind: means[kind] + row[kind] / 3 for kind in KINDS}
+        found["milliseconds"][place] = {kind: round(statistics.median(values), 1) for kind, values in times.items()}
+    means = {kind: statistics.mean(row[kind] for row in found["milliseconds"].values()) for kind in KINDS}
     found["tokens_per_processor_second"] = {kind: round(1000 * batch / mean, 1) for kind, mean in means.items()}
     found["times_as_fast"] = round(means["transformers"] / means["attnopt"], 2)
     return found

@@ -297,7 +297,7 @@ class SingleQueries(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch, attention with queries side by side."""
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and len(args) == 3 and _single_queries(args[0], kwargs):
+        if func is scaled_dot_product_attention and len(args) == 3 and _single_queries(*args[:2], kwargs):
             q, k, v = args
             shared = q.unflatten(-3, (k.shape[-3], -1)).squeeze(-2)
             rows = shared if shared.shape[-2] > 1 else shared.expand(*shared.shape[:-2], 2, -1)
@@ -306,10 +306,10 @@ class SingleQueries(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _single_queries(q: Tensor, options: dict[str, Any]) -> bool:
-    """Whether these are 16-bit queries of one token on a processor, from all of whose heads the same is hidden."""
+def _single_queries(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
+    """Whether these are 16-bit queries of one token on a processor, and heads that share keys see the same of them."""
     mask = options.get("attn_mask")
-    alike = mask is None or (mask.dim() == q.dim() and mask.shape[-3] == 1)
+    alike = mask is None or (mask.dim() == q.dim() and mask.shape[-3] in (1, k.shape[-3]))
     narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return narrow and q.shape[-2] == 1 and alike and not options.get("is_causal")
 

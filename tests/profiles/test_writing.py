@@ -206,6 +206,7 @@ class Seen(TorchFunctionMode):
         (9, 5, torch.bfloat16, {}, (2, 9, 5, 16)),
         (9, 1, torch.bfloat16, {"is_causal": True}, (2, 9, 1, 16)),  # the second row would see what the first does not
         (9, 1, torch.bfloat16, {"attn_mask": torch.zeros(2, 9, 1, 40).bfloat16()}, (2, 9, 1, 16)),  # of each head
+        (3, 1, torch.bfloat16, {"attn_mask": torch.zeros(2, 3, 1, 40).bfloat16()}, (2, 3, 2, 16)),  # none shares keys
     ],
 )
 def test_only_single_queries_that_see_the_same_go_side_by_side(
