@@ -22,7 +22,7 @@ def reach_of(program: Program) -> int:
     return known if isinstance(known, int) else 0
 
 
-def spaced(count: int, length: int, reach: int) -> Tensor:
+def spaced(count: int, length: int, reach: int, first: int = 0) -> Tensor:
     """Positions of the tokens of windows [count, length]: every `SPACED`-th window has a gap.
 
     What is fitted to windows that are far shorter than the text that a model is promised to read knows nothing of the
@@ -33,13 +33,14 @@ def spaced(count: int, length: int, reach: int) -> Tensor:
     Args:
         count, length: of the windows.
         reach: the longest text; positions stay below it. No gaps if windows are as long.
+        first: number of the first of these windows among all.
     """
     positions = torch.arange(length).repeat(count, 1)
     room = reach - length
     if room <= 0 or length < 4:
         return positions
-    for index in range(SPACED - 1, count, SPACED):
-        generator = torch.Generator().manual_seed(index)
+    for index in range((SPACED - 1 - first) % SPACED, count, SPACED):
+        generator = torch.Generator().manual_seed(first + index)
         size, place = torch.rand(2, generator=generator).tolist()
         cut = round(length * (0.25 + 0.5 * place))
         positions[index, cut:] += round(LEAST_GAP * (room / LEAST_GAP) ** size) if room > LEAST_GAP else room

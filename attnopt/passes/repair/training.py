@@ -137,8 +137,7 @@ class Training:
         self.per_step = world * max(1, round(settings.batch / (length * world)))
         self.steps = max(1, math.ceil(settings.tokens / (self.per_step * length)))
         self.rows = max(1, TOKENS_AT_ONCE[context.device.type] // length)
-        # A window that comes again comes at other positions.
-        self.positions = spaced(self.steps * self.per_step, length, reach)
+        self.reach = reach
         self.held_out_positions = spaced(len(self.held_out), length, reach)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -188,8 +187,9 @@ class Training:
     def _one_step(self) -> float:
         """Mean loss of the step's tokens."""
         share = parallel.share_of(self.per_step)
-        places = self._places()
-        chosen, positions = self.windows[self._indices()[share]], self.positions[places.start : places.stop][share]
+        chosen = self.windows[self._indices()[share]]
+        # A window that comes again comes at other positions.
+        positions = spaced(self.per_step, self.windows.shape[1], self.reach, self._places().start)[share]
         self._set_rate()
         self.optimizer.zero_grad()
         total = 0.0

@@ -84,7 +84,8 @@ def test_gaps_of_all_sizes_are_equally_likely_in_the_logarithm() -> None:
     steps = spaced(4000, 8, 8192).diff(dim=1).max(1).values
     steps = steps[steps > 1].double().log2()
     assert float(steps.mean()) == pytest.approx((6 + 13) / 2, abs=0.2)
-    assert torch.equal(spaced(40, 8, 8192), spaced(80, 8, 8192)[:40])
+    for first in (0, 1, 2):
+        assert torch.equal(spaced(40, 8, 8192, first), spaced(80, 8, 8192)[first : first + 40])
 
 
 @torch.no_grad()

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from attnopt.errors import OptionError
 from attnopt.passes.common.free import lane_of
-from attnopt.passes.common.positions import reach_of
+from attnopt.passes.common.positions import reach_of, spaced
 from attnopt.passes.repair.distill import Distill
 from attnopt.passes.repair.loss import divergence
 from attnopt.passes.repair.parameters import select, step_size
 from attnopt.passes.repair.student import Head, Model, output_of
-from attnopt.passes.repair.training import RATE_PER_NAT, RATES, Training, _since_lowest, merged
+from attnopt.passes.repair.training import RATE_PER_NAT, RATES, Settings, Training, _since_lowest, merged
 from attnopt.profiles.calibration import RecoveryText
 from attnopt.rewriter.interpret import run
-from attnopt.rewriter.passes import PassResult
+from attnopt.rewriter.passes import PassContext, PassResult
 from attnopt.rewriter.printer import short_print
 from attnopt.rewriter.program import Program
 from tests import models
@@ -169,8 +169,21 @@ def test_windows_are_learned_from_at_long_distances(monkeypatch: pytest.MonkeyPa
     assert sum(gaps) in (len(gaps) // 2, len(gaps) // 2 - 1)  # of an odd number of held-out windows fewer have one
     assert max(int(part.max()) for part in ours) < reach
     held_out, epoch = 1, 768 // 128
-    first, second = (torch.cat(ours[held_out + i * epoch : held_out + (i + 1) * epoch]) for i in range(2))
+    learned = torch.cat(ours[held_out : held_out + 3 * epoch])
+    assert torch.equal(learned, spaced(len(learned), learned.shape[1], reach))
+    first, second = learned[: len(learned) // 3], learned[len(learned) // 3 : 2 * len(learned) // 3]
     assert not torch.equal(first, second)
+
+
+def test_nothing_is_as_long_as_the_run() -> None:
+    original, program = converted()
+    windows = torch.zeros(2, 32, dtype=torch.long)
+    learner, teacher = Model(program, {}, select(program, "attention", None)), Model(original, {})
+    how = Settings(tokens=10**15, rate=0.01)
+    training = Training(learner, teacher, windows, windows, how, PassContext(), reach_of(program))
+    assert training.steps * training.per_step * 32 >= 10**15
+    training.step = training.steps - 1
+    assert training._one_step() > 0
 
 
 def test_patience_does_not_count_from_the_start() -> None:
