@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnopt.rewriter.ops.autograd import IN_PLACE
+
 # Equal layers give the same source text, so the functions are compiled once per kind of layer.
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -90,7 +92,7 @@ def compile_subgraph(
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
         if device is not None:
             kwargs = {k: device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-        target = _DIFFERENTIABLE.get(node.target, node.target)
+        target = _IN_PLACE.get(node.target, node.target)
         env[node] = graph.create_node(node.op, target, args, kwargs, name=f"n{count}")
         count += 1
     graph.output([env[node] for node in targets])
@@ -102,8 +104,8 @@ def _copied(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -
     return source.to(x.dtype).expand(x.shape)
 
 
-#: What stands in for an op that has no derivative, with the same result.
-_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copied}
+#: What stands in for an op that has no derivative or a dear one, with the same result.
+_IN_PLACE: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: _copied, **IN_PLACE}
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnopt.rewriter import ops
 from attnopt.rewriter.ops.attention import attention_reference
+from attnopt.rewriter.ops.autograd import IN_PLACE
 from attnopt.rewriter.ops.latent import absorbing_is_cheaper, latent_attention_reference
 from attnopt.rewriter.ops.rope import rope_reference
 
@@ -203,6 +204,37 @@ def test_gradients(op: Any, args: tuple[Any, ...]) -> None:
 
     # Rotary angles are float32, so their effect is only known to 1e-7: the numerical derivative is coarser.
     assert torch.autograd.gradcheck(function, leaves, eps=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "again"), [("attention", False), ("shared", False), ("routed", False), ("attention-all", True)]
+)
+def test_run_in_place_the_gradient_is_the_same_and_a_fused_attention_is_not_run_again(
+    case: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, args = next(c.values for c in cases() if c.id == case)
+    module = importlib.import_module("attnopt.rewriter.ops.attention")
+    calls = []
+    for name in ("fused_attention", "explicit_attention"):
+        used = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, used=used: calls.append(1) or used(*given))
+
+    def found(function: Any) -> tuple[list[Tensor], int]:
+        calls.clear()
+        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        out = function(*leaves)
+        (out**2).sum().backward()
+        grads = [x.grad for x in leaves if isinstance(x, Tensor) and x.grad is not None]
+        return [out.detach(), *grads], len(calls)
+
+    reference, twice = found(op)
+    values, times = found(IN_PLACE[op._opoverload])
+    assert (twice, times) == (2, 2 if again else 1)
+    assert len(values) == len(reference) > 3
+    for value, expected in zip(values, reference, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(IN_PLACE[op._opoverload](*args), reference[0], rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_softmax_runs_in_float32() -> None:

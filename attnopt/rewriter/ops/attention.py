@@ -92,6 +92,27 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float,
     return out[..., :width]
 
 
+def _fuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    q_pos: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    layer: int,
+) -> bool:
+    """Whether `attention_reference` leaves these arguments to `fused_attention`."""
+    plain = softcap <= 0 and sinks is None
+    aligned = q_pos is None and q.shape[2] == k.shape[2] and bias is None and window <= 0
+    # Autocast brings them to one type; queries and keys come from the rotation in float32 there.
+    alike = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
+    return plain and aligned and alike
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -121,17 +142,12 @@ def attention_reference(
     Returns:
         [B, S, H, dv].
     """
-    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
-    repeats = heads // k.shape[1]
-    plain = softcap <= 0 and sinks is None
-    aligned = q_pos is None and queries == keys and bias is None and window <= 0
-    # Autocast brings them to one type; queries and keys come from the rotation in float32 there.
-    alike = q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)
-    if plain and aligned and alike:
+    if _fuses(q, k, v, bias, q_pos, scale, causal, window, softcap, sinks, layer):
         return fused_attention(q, k, v, causal, scale).transpose(1, 2).contiguous()
+    repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    seen = visible_keys(queries, keys, q_pos, causal, window, q.device)
+    seen = visible_keys(q.shape[2], k.shape[2], q_pos, causal, window, q.device)
     return explicit_attention(q, k, v, bias, seen, scale, softcap, sinks).transpose(1, 2).contiguous()
 
 
@@ -286,6 +302,8 @@ def _(
     return _output_like(q, v)
 
 
-register_reference_autograd(attention, attention_reference)
-register_reference_autograd(shared_attention, _shared_reference)
-register_reference_autograd(routed_attention, _routed_reference)
+register_reference_autograd(attention, attention_reference, lean=_fuses)
+register_reference_autograd(shared_attention, _shared_reference, lean=lambda *args: _fuses(*args[:-1]))
+register_reference_autograd(
+    routed_attention, _routed_reference, lean=lambda q, k, v, gates, *rest: _fuses(q, k, v, *rest)
+)

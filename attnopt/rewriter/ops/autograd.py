@@ -1,7 +1,8 @@
 """Gradients of a dialect op by running its reference again in the backward pass.
 
 Attention weights are S x T per head: recomputing them is cheaper than keeping them, and the formula is then the same
-code as the forward, so it cannot drift from it.
+code as the forward, so it cannot drift from it. Where torch's own kernel does not keep them either, code that is run
+and not captured takes the reference itself (`IN_PLACE`), and nothing is run again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What to run in place of an op where nothing is captured: the same result and the same gradient.
+IN_PLACE: dict[Any, Callable[..., Tensor]] = {}
 
-def register_reference_autograd(op: Any, reference: Callable[..., Tensor]) -> None:
+
+def register_reference_autograd(
+    op: Any, reference: Callable[..., Tensor], lean: Callable[..., bool] | None = None
+) -> None:
     """Make a custom op differentiable in all of its floating-point tensor inputs.
 
     Args:
         op: the `torch.library.custom_op`.
         reference: differentiable function of the same positional arguments.
+        lean: of the same arguments, whether the derivative of `reference` keeps no more than tensors of the size of its
+            inputs and output, so that it had better be taken directly; None means never.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -43,3 +51,10 @@ def register_reference_autograd(op: Any, reference: Callable[..., Tensor]) -> No
         return tuple(grads)
 
     op.register_autograd(backward, setup_context=setup_context)
+    if lean is not None:
+
+        def in_place(*args: Any) -> Tensor:
+            result: Tensor = (reference if torch.is_grad_enabled() and lean(*args) else op)(*args)
+            return result
+
+        IN_PLACE[op._opoverload] = in_place
