@@ -2,7 +2,7 @@
 
 Two forms. "matmul" spells attention as MatMul, Softmax, MatMul with all query heads that share keys as rows of one
 product; on CPUs this reads the cache at memory speed, where onnxruntime's Attention operator works head by head
-(docs/onnx.md has the timings). "operator" is the ONNX operator Attention of opset 23/24, for providers with a fused
+(docs/codegen.md has the timings). "operator" is the ONNX operator Attention of opset 23/24, for providers with a fused
 kernel. Latent attention is always absorbed: queries go to the latent space, so the cache is read as it is stored.
 """
 
@@ -95,6 +95,11 @@ def attend(weights: Tensor, q: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(weights, v).reshape(batch, heads, length, v.shape[3]).transpose(1, 2)
 
 
+def query_rows(bias: Tensor, q: Tensor) -> Tensor:
+    """A bias [.., 1|S, T] with a row for each of the S queries: onnxruntime's Attention wants all of them."""
+    return bias.expand(-1, -1, q.shape[2], -1) if bias.shape[2] == 1 else bias
+
+
 def latent_query(q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, scale: float) -> Tensor:
     """Queries in the space of the cached vectors [latent, rotary key]: [B, H, S, r + d_rope], scaled."""
     return torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1) * scale
@@ -156,6 +161,7 @@ class OnnxLane:
         bias = self._bias(graph, call)
         k, v = call.cache.get("key", a["k"]), call.cache.get("value", a["v"])
         if operator:
+            bias = None if bias is None else node(query_rows, (bias, a["q"]))
             out = node(torch.ops.attnopt.onnx_attention.default, (a["q"], k, v, bias, a["scale"], a["softcap"]))
             return node(torch.transpose, (out, 1, 2)), None
         weights = call.owner if call.op is SHARED else None

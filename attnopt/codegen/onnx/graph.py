@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from attnopt.codegen.decoding import CacheTensor, Decoding, decoding_graph
 from attnopt.codegen.folding import Folded, as_float32, fold_constants
 from attnopt.codegen.onnx.forms import OnnxLane, latent_query, padded_values
+from attnopt.codegen.onnx.pairs import complex_to_pairs
 from attnopt.errors import UnsupportedError
 from attnopt.rewriter.export import BATCH, LENGTH
 from attnopt.rewriter.ops.experts import expert_linear_reference  # noqa: F401 - the op must be registered
@@ -66,6 +67,7 @@ def lower(program: Program, forms: Mapping[str, str]) -> OnnxModel:
     decoding = decoding_graph(program, OnnxLane(dict(forms)))
     graph = decoding.graph
     _inline(graph)
+    complex_to_pairs(graph)
     folded = fold_constants(graph, program, _role)
     weights: dict[str, Callable[[], torch.Tensor]] = {}
     root = _root(graph, program, folded, weights)

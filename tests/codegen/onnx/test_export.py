@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,12 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnopt.codegen.decoding import decoding_graph
 from attnopt.codegen.onnx.decoder import OnnxDecoder
 from attnopt.codegen.onnx.emit import check, emit_onnx
 from attnopt.codegen.onnx.forms import OnnxLane
 from attnopt.codegen.onnx.graph import MODULE_KEY, SITE_KEY
+from attnopt.codegen.onnx.pairs import complex_to_pairs
 from attnopt.codegen.target import find_target
 from attnopt.errors import AttnoptError, OptionError, SourceError, UnsupportedError
 from attnopt.exporting import ExportOptions, export_model
@@ -60,13 +64,44 @@ def greedy_reference(name: str, prompts: list[list[int]], steps: int) -> list[li
     return result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["matmul", "operator"])
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+#: Cases of the next test that are quick: a mask without a row per query, and rotations by complex factors.
+QUICK = [("bert", "operator"), ("deepseek_v2", "operator")]
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        pytest.param(family, form, marks=[] if (family, form) in QUICK else pytest.mark.slow)
+        for family in [*DECODERS, *ENCODERS]
+        for form in ("matmul", "operator")
+    ],
+)
 def test_every_family_passes_its_own_check(family: str, form: str, tmp_path: Path) -> None:
     result = emit_onnx(captured(family)[1], tmp_path, find_target("cpu"), form, Silent())
     assert max(result.checks.values()) < 1e-5
     assert result.cached_numbers_per_token == captured(family)[1].cached_numbers_per_token
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(-4, 3), st.integers(0, 99))
+def test_pairs_compute_what_complex_numbers_do(shape: list[int], dim: int, seed: int) -> None:
+    dim = max(-len(shape) - 1, min(dim, len(shape)))
+    generator = torch.Generator().manual_seed(seed)
+    x, angle, gain = (torch.randn(*shape, *end, generator=generator, dtype=torch.float64) for end in ((2,), (), ()))
+
+    def turned(x: torch.Tensor, angle: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        factor = gain * (torch.polar(torch.ones_like(angle), angle) * 1.5)
+        return torch.view_as_real(torch.view_as_complex(x).unsqueeze(dim) * factor.unsqueeze(dim))
+
+    class Real(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            assert not isinstance(value, torch.Tensor) or not value.is_complex()
+            return value
+
+    traced = make_fx(turned, tracing_mode="fake")(x, angle, gain)
+    complex_to_pairs(traced.graph)
+    assert torch.allclose(Real(traced).run(x, angle, gain), turned(x, angle, gain), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
