@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from attnopt.rewriter.program import Program
@@ -264,7 +265,8 @@ def _fake_result(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return None
     mode = next((n.meta["val"].fake_mode for n in nodes if isinstance(n.meta["val"], FakeTensor)), FakeTensorMode())
     fake_args, fake_kwargs = fx.map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
-    with mode:
+    # Without Python's dispatcher torch 2.11 asks composite operators such as linear for a number of elements.
+    with mode, enable_python_dispatcher():
         return target(*fake_args, **fake_kwargs)
 
 
