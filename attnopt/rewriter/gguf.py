@@ -37,7 +37,7 @@ from attnopt.rewriter.skeleton import build_skeleton, model_class
 from attnopt.rewriter.weights import file_digest
 
 #: Changes when the imported form changes, so that old imports are not mistaken for new ones.
-_VERSION = 1
+_VERSION = 2
 _MARKER = "gguf-import.json"
 _DAMAGED = "the file is damaged or incomplete; copy or download it again"
 
@@ -142,7 +142,7 @@ def _write_import(path: Path, sha256: str, directory: Path, reporter: Reporter) 
         )
     with _parsed_once(reader):
         config, facts = _config(path, reader)
-        tokenizer = _tokenizer(path, reporter)
+        tokenizer = _tokenizer(path, reader, reporter)
         cls = model_class(config, directory)
         outgoing = _tensors(path, reader, build_skeleton(cls, config), facts)
     config.architectures = [cls.__name__]
@@ -228,10 +228,13 @@ def _config(path: Path, reader: gguf.GGUFReader) -> tuple[PretrainedConfig, dict
 _ORIGINAL = "give the model's original Hugging Face directory"
 
 
-def _tokenizer(path: Path, reporter: Reporter) -> Any:
+def _tokenizer(path: Path, reader: gguf.GGUFReader, reporter: Reporter) -> Any:
     """The tokenizer in the file, or None if it has none that transformers can build: the weights are usable without."""
     try:
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+        if end := reader.fields.get("tokenizer.ggml.eos_token_id"):  # transformers 5.17 takes the first token for it
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(end.contents()))
+        return tokenizer
     except Exception as error:  # the vocabulary may be of any shape, and several libraries read it
         reporter.warn(f"{path.name} has no usable tokenizer ({error}); text cannot be read with this model")
         return None

@@ -164,13 +164,37 @@ def test_an_encoder_layer_uses_the_map_of_another() -> None:
     assert [r["form"] for r in reports[0]] == ["map owner", "map of layer 0"]
 
 
+def test_a_decoder_layer_uses_the_map_of_another() -> None:
+    model, reports = build("llama"), []
+    model.set_attn_implementation("sdpa")
+    ids = inputs("llama", length=9)["input_ids"]
+    compiled = compile_with(model, reports, plan={"shared_maps": {1: 0}})
+    with torch.no_grad():
+        out = compiled(ids[:, :7], use_cache=True)
+        found = [out.logits]
+        for step in (7, 8):
+            out = compiled(ids[:, step : step + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+        plain = model(ids)[0]
+        # By hand: the second layer's attention gets the first one's queries and keys.
+        first, second = (layer.self_attn for layer in model.model.layers)
+        seen: dict[str, torch.Tensor] = {}
+        for part in ("q_proj", "k_proj"):
+            getattr(first, part).register_forward_hook(lambda m, a, out, part=part: seen.__setitem__(part, out))
+            getattr(second, part).register_forward_hook(lambda m, a, out, part=part: seen[part])
+        wanted = model(ids)[0]
+    assert relative_error(torch.cat(found, 1), wanted) < 1e-5
+    assert relative_error(torch.cat(found, 1), plain) > 1e-3
+    assert [r["form"] for r in reports[0]] == ["map owner", "map of layer 0"]
+
+
 @pytest.mark.parametrize(
     ("family", "plan", "message"),
     [
         ("llama", {"dead_heads": {7: [0]}}, "names layer 7"),
         ("llama", {"dead_heads": {0: [9]}}, "not a head 9"),
         ("llama", {"dead_heads": {0: [0, 1, 2, 3]}}, "no head in layer 0"),
-        ("llama", {"shared_maps": {1: 0}}, "shared in encoders"),
+        ("gemma3", {"shared_maps": {2: 0}}, "do not see the same keys"),
     ],
 )
 def test_a_plan_that_does_not_fit_stops(family: str, plan: dict[str, Any], message: str) -> None:

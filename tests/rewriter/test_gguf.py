@@ -103,12 +103,12 @@ def write(path: Path, family: str, **changes: object) -> Path:
 
 def _vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     letters = [chr(c) for c in range(33, 127)]
-    tokens = ["<pad>", "<s>", "</s>", "ab", *letters[: size - 4]]
+    tokens = ["<pad>", "<s>", "</s>", "ab", "bc", *letters[: size - 5]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (size - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])  # of one merge transformers 5.17 makes a string, and reads letters
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -122,11 +122,12 @@ def _mapped(
         maps[call.layer] = graph.call_function(ops.attention_map, (call.q, call.k, call.mask, call.causal, call.scale))
         return graph.call_function(ops.apply_map, (maps[call.layer], call.v)), "map owner", ""
     first = calls[owner]
-    if first.heads != call.heads or first.causal or call.causal:
+    alike = (first.mask, first.causal) == (call.mask, call.causal)
+    if first.heads != call.heads or not alike:
         raise UnsupportedError(
             f"layer {call.layer} cannot use the map of layer {owner}: "
-            + ("maps are shared in encoders" if call.causal or first.causal else "they differ in heads"),
-            "decoders share maps through attnopt convert, which also changes the cache",
+            + ("they differ in heads" if alike else "they do not see the same keys"),
+            "share maps of layers that are alike",
         )
     return graph.call_function(ops.apply_map, (maps[owner], call.v)), f"map of layer {owner}", ""
 

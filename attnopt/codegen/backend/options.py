@@ -22,7 +22,7 @@ class PlanSpec:
 
     Attributes:
         dead_heads: heads per layer whose output is to be zero; they are not computed.
-        shared_maps: consumer layer -> owner layer whose attention map it uses (encoders).
+        shared_maps: consumer layer -> owner layer whose attention map it uses, if both see the same keys.
     """
 
     dead_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)

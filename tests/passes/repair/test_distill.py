@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_a_run_that_only_harms_changes_nothing() -> None:
     assert result.changed_sites == ()
     assert result.program is program
     assert result.summary["held_out_after"] == result.summary["held_out_before"]
-    assert result.summary["curve"]["stopped"]
+    _, *ways, end = [loss for _, loss, _ in result.summary["curve"]["held_out"]]
+    assert all(later < earlier for earlier, later in pairwise(ways))
+    assert bool(result.summary["curve"]["stopped"]) == (end >= ways[-1])
 
 
 def test_the_rate_follows_from_the_distance() -> None:
