@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
-from transformers.integrations.gguf import is_gguf_arch_supported
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from attnopt.errors import SourceError, UnsupportedError
@@ -35,6 +34,14 @@ from attnopt.progress import Reporter, Silent, bar
 from attnopt.rewriter.safe_tensors import Outgoing, read_bytes, write_tensors
 from attnopt.rewriter.skeleton import build_skeleton, model_class
 from attnopt.rewriter.weights import file_digest
+
+try:
+    from transformers.integrations.gguf import is_gguf_arch_supported as _has_rules_of_its_own
+except ImportError:  # transformers 5.15: the older rules, which are those used here, serve all it knows
+
+    def _has_rules_of_its_own(gguf_arch: str) -> bool:
+        return False
+
 
 #: Changes when the imported form changes, so that old imports are not mistaken for new ones.
 _VERSION = 2
@@ -207,7 +214,7 @@ def _config(path: Path, reader: gguf.GGUFReader) -> tuple[PretrainedConfig, dict
         raise SourceError(f"{path} does not say of what architecture it is", _DAMAGED)
     architecture = str(field.contents())
     known = hf_gguf.GGUF_SUPPORTED_ARCHITECTURES
-    if is_gguf_arch_supported(architecture):
+    if _has_rules_of_its_own(architecture):
         raise UnsupportedError(f"GGUF files of architecture {architecture!r} are not supported", _ORIGINAL)
     try:
         facts = hf_gguf.load_gguf_checkpoint(str(path), return_tensors=False)["config"]

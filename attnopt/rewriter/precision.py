@@ -18,7 +18,7 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     """Whether the device has instructions that multiply bfloat16 matrices."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return _processor_has("avx512_bf16")
 
 
 @contextmanager
@@ -27,11 +27,17 @@ def quick_products(device: torch.device | str) -> Iterator[None]:
     if torch.device(device).type == "cuda":
         with _precision(torch.backends.cuda.matmul, "tf32"):
             yield
-    elif torch.cpu.get_capabilities().get("amx_bf16"):  # elsewhere the libraries take float32 factors all the same
+    elif _processor_has("amx_bf16"):  # elsewhere the libraries take float32 factors all the same
         with _precision(torch.backends.mkldnn.matmul, "bf16"):  # type: ignore[attr-defined]
             yield
     else:
         yield
+
+
+def _processor_has(feature: str) -> bool:
+    """What torch says of the processor; torch 2.10 says nothing, and products stay exact there."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get(feature))
 
 
 def quick_now(tensor: torch.Tensor) -> bool:

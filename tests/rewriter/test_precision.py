@@ -19,7 +19,7 @@ def test_precision_is_what_is_asked_for_and_restored() -> None:
     assert error() < 1e-3
     with quick_products("cpu"):
         quick = quick_now(torch.zeros(1))
-        assert quick == bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        assert quick == getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
         assert (error() > 1e-2) == quick
         with exact_products():
             assert error() < 1e-3
