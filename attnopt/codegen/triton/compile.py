@@ -138,21 +138,21 @@ def _resources(binary: bytes, asm: Mapping[str, Any], target: Target) -> tuple[i
         used = re.search(r"\.vgpr_count:\s*(\d+)", text)
         spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
         return int(used.group(1)) if used else 0, int(spilled.group(1)) if spilled else 0
-    said = _tool("cuobjdump", binary, "-res-usage")
+    said = _said(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", binary, "-res-usage")
     registers = [int(n) for n in re.findall(r"REG:(\d+)", said)]
     stack = [int(n) for n in re.findall(r"STACK:(\d+)", said)]
     return max(registers, default=0), max(stack, default=0)
 
 
 def _serialised(ptx: str, target: Target) -> bool:
-    return "wgmma.mma_async instructions are serialized" in _tool(
-        "ptxas", ptx.encode(), "-v", f"--gpu-name={target.name}a", "-o", os.devnull
-    )
+    from triton.backends.nvidia.compiler import get_ptxas  # Triton has several, and the version decides which it uses
+
+    said = _said(get_ptxas(target.arch).path, ptx.encode(), "-v", f"--gpu-name={target.name}a", "-o", os.devnull)
+    return "wgmma.mma_async instructions are serialized" in said
 
 
-def _tool(name: str, content: bytes, *options: str) -> str:
-    """What a tool of Triton's says about a file."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def _said(tool: str | Path, content: bytes, *options: str) -> str:
+    """What a tool says about a file."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()

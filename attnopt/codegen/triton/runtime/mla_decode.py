@@ -213,7 +213,7 @@ def mla_decode_d3(
             s += tl.dot(q_rope, tl.trans(key), input_precision=PRECISION) * scale_log2
             s = tl.where(n[None, :] < limit[:, None], s, float("-inf"))
             # Every block before the last one of a request is full, so only emptiness has to be masked.
-            full = (tl.arange(0, BN) >= 0) & (block > start)
+            full = tl.arange(0, BN) < (block - start) * BN
             values = tl.load(cache + (before + tl.arange(0, BN))[:, None] * (R + P) + r[None, :],
                              mask=full[:, None] & (r < R)[None, :], other=0.0)  # fmt: skip
             acc = tl.dot(p, values, acc=acc, input_precision=PRECISION)
@@ -227,9 +227,9 @@ def mla_decode_d3(
             m = m_new
             before = base
             base = _block_base(table, request, block + 1, last_page, table_stride, BN, PAGE)
-        n = (stop - 1) * BN + tl.arange(0, BN)
+        seen = (stop - 1) * BN + tl.arange(0, BN) < tl.where(stop > start, length, -BN)
         values = tl.load(cache + (before + tl.arange(0, BN))[:, None] * (R + P) + r[None, :],
-                         mask=((n < length) & (stop > start))[:, None] & (r < R)[None, :], other=0.0)  # fmt: skip
+                         mask=seen[:, None] & (r < R)[None, :], other=0.0)  # fmt: skip
         acc = tl.dot(p, values, acc=acc, input_precision=PRECISION)
         out = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
         where = (item * ROWS + h).to(tl.int64)

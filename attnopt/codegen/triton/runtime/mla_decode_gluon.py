@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 #: The barrier of a thread block: Triton 3.7's name, then 3.6's.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+#: cp.async: Triton 3.9's name, then 3.6's.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function
@@ -48,7 +50,7 @@ def _copy_rows(buffer, rows, count, WIDTH: gl.constexpr, STRIDE: gl.constexpr):
     n = gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     r = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, layout))
     seen = (n < count)[:, None] & (r < WIDTH)[None, :]
-    async_copy.async_copy_global_to_shared(buffer, rows + n[:, None] * STRIDE + r[None, :], mask=seen)
+    async_load(buffer, rows + n[:, None] * STRIDE + r[None, :], mask=seen)
 
 
 @gluon.jit
