@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.errors import OptionError, UnsupportedError
+from attnopt.passes.common.difference import Kind, kind_for
 from attnopt.passes.common.moments import check_text
 from attnopt.passes.common.peaks import with_peaks
 from attnopt.passes.common.positions import reach_of
-from attnopt.passes.repair.loss import Kind
 from attnopt.passes.repair.parameters import Selection, select
 from attnopt.passes.repair.student import Model, Pool
 from attnopt.passes.repair.training import TOKENS_AT_ONCE, History, Settings, Training, merged
@@ -114,7 +114,6 @@ class Distill(Pass):
             raise OptionError("distill: there is nothing to train", "give parameters=all, or names of weights")
         original = context.original if context.original is not None else program
         target = original if self.teacher is None else other_teacher(self.teacher, program, context)
-        kind: Kind = "kl" if program.outputs[0] == "logits" else "squared"
         windows, held_out, repeated = self._text(context.calibration)
         pool: Pool = {}
         teacher = Model(target, pool, dtype=context.dtype, device=context.device)
@@ -125,7 +124,7 @@ class Distill(Pass):
         )  # fmt: skip
         shard(teacher, student)
         training = Training(
-            student, teacher, windows, held_out, self._settings(kind, context), context,
+            student, teacher, windows, held_out, self._settings(kind_for(program.outputs), context), context,
             min(reach_of(program), reach_of(target)),
         )  # fmt: skip
         history = training.run()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.difference import Kind, difference
 from attnopt.passes.repair.student import Head
-
-Kind = Literal["kl", "squared"]
 
 #: Logits that exist at a time take about this many bytes.
 LOGIT_BYTES = 64 << 20
@@ -24,13 +23,10 @@ LOGIT_BYTES = 64 << 20
 def divergence(student: Head, teacher: Head, kind: Kind) -> Tensor:
     """Sum over all tokens of the difference between two models on one batch.
 
-    "kl" is the forward Kullback-Leibler divergence sum_w p_teacher(w) (ln p_teacher(w) - ln p_student(w)) in nats, for
-    models that give logits; "squared" is ||s - t||^2 / ||t||^2, for those that give vectors.
-
     Args:
         student: differentiated in its hidden states and weights.
         teacher: on the same batch; not differentiated.
-        kind: of difference.
+        kind: of difference (`passes.common.difference`).
     """
     tokens = student.lead[0] * student.lead[1]
     apart = student.by_token and teacher.by_token
@@ -91,14 +87,14 @@ class _Divergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
         for start in range(0, task.tokens, task.chunk):
             with torch.no_grad():
-                aim = _wide(task.target([task.cut(x, start) for x in task.reference]))
+                aim = task.target([task.cut(x, start) for x in task.reference])
             leaves = [x.detach() for x in tensors]
             leaves[: task.count] = [task.cut(x, start) for x in leaves[: task.count]]
             for i in wanted:
                 leaves[i].requires_grad_()
             with torch.enable_grad():
                 found = task.run(leaves)
-            loss, slope = _DIFFERENCES[task.kind](_wide(found.detach()), aim)
+            loss, slope = difference(found.detach(), aim, task.kind)
             total += loss
             if not wanted:
                 continue
@@ -114,24 +110,3 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         found, count = ctx.gradients, len(ctx.needs_input_grad) - 1
         return (None, *(found[i] * upstream[0].to(found[i].dtype) if i in found else None for i in range(count)))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _kl(found: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the divergences, its slope p_student - p_teacher)."""
-    ours, theirs = found.log_softmax(-1), aim.log_softmax(-1)
-    share = theirs.exp()
-    total = (share * (theirs - ours)).sum(dtype=torch.float64)
-    return total, ours.exp_().sub_(share)
-
-
-def _squared(found: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
-    size = aim.pow(2).sum(-1, keepdim=True).clamp(min=1e-12)
-    error = (found - aim) / size
-    return ((found - aim) * error).sum(dtype=torch.float64), 2 * error
-
-
-_DIFFERENCES: dict[Kind, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"kl": _kl, "squared": _squared}

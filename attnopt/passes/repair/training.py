@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.difference import Kind
 from attnopt.passes.common.positions import spaced
-from attnopt.passes.repair.loss import Kind, divergence
+from attnopt.passes.repair.loss import divergence
 from attnopt.passes.repair.state import State, load_state, save_state
 from attnopt.passes.repair.student import Head, Model
 from attnopt.progress import bar
