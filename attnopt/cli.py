@@ -102,6 +102,10 @@ def convert(
     ] = None,
     kv_lora_rank: Annotated[int | None, typer.Option(help="width of the latent, instead of --kv-keep")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="width of the rotary key, with --kv-lora-rank")] = None,
+    sizes: Annotated[
+        options.SizesOf | None,
+        typer.Option(help="mla: give all layers the same, or more to those that need more", show_default="equal"),
+    ] = None,
     recover: Annotated[
         options.Recover | None,
         typer.Option(help="after the closed form: nothing, fit each layer to the original, or also learn from it"),
@@ -149,6 +153,7 @@ def convert(
         "kv-keep": kv_keep,
         "kv-lora-rank": kv_lora_rank,
         "qk-rope-head-dim": qk_rope_head_dim,
+        "sizes": sizes,
         "recover": recover,
         "recover-tokens": recover_tokens,
         "force": force or None,

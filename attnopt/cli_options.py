@@ -17,6 +17,13 @@ class Recover(StrEnum):
     distill = "distill"
 
 
+class SizesOf(StrEnum):
+    """How the layers share what they may cache."""
+
+    equal = "equal"
+    measured = "measured"
+
+
 class Emit(StrEnum):
     """The class the result is written for."""
 

@@ -2,11 +2,13 @@
 
     python benchmarks/mla_quality.py MODEL --text wiki.valid.txt > quality.json
     python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.5 --recover none --calib text --work DIR
+    python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.25 --sizes equal --sizes measured
 
 The first half of the text calibrates, the second half judges; "self" calibrates on text sampled from the model. Every
-result is written as the stock class, loaded by stock transformers in a fresh process and compared there with the
-original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr as they are made. With
-`--work`, conversions are kept there, and those of the same settings that are there already are only judged.
+result is written as the stock class (with layers of different sizes as attnopt's own), loaded in a fresh process and
+compared there with the original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr
+as they are made. With `--work`, conversions are kept there, and those of the same settings that are there already are
+only judged.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ FLOORS = {0.75: (0.03, 0.015), 0.5: (0.16, 0.08), 0.3333: (0.48, 0.22), 0.25: (0
 SELF_FACTOR = 1.25
 
 
-def convert(arguments: argparse.Namespace, keep: float, recover: str, text: Path | None, out: Path) -> dict[str, Any]:
+def convert(
+    arguments: argparse.Namespace, keep: float, sizes: str, recover: str, text: Path | None, out: Path
+) -> dict[str, Any]:
     """One conversion; returns a row of the table without the quality."""
     from attnopt import api
     from attnopt.conversion import RunOptions
@@ -34,19 +39,18 @@ def convert(arguments: argparse.Namespace, keep: float, recover: str, text: Path
     result = api.convert(
         arguments.model,
         out,
-        method_options={"kv-keep": keep, "recover": recover},
+        method_options={"kv-keep": keep, "sizes": sizes, "recover": recover},
         calibration=calibration(arguments, text),
-        options=RunOptions(emit="deepseek_v3", overwrite=True),
+        options=RunOptions(emit="deepseek_v3" if sizes == "equal" else "attnopt", overwrite=True),
     )
     (summary,) = result.details["summary"].values()
     floor = FLOORS.get(keep, (None, None))[recover == "refit"]
     return {
         "kept": keep,
+        "sizes": [[row["qk_rope_head_dim"], row["kv_lora_rank"]] for row in summary.get("sizes", [summary])],
         "recover": recover,
         "calibration": "self" if text is None else "text",
         "emitted_as": result.emitted_as,
-        "kv_lora_rank": summary["kv_lora_rank"],
-        "qk_rope_head_dim": summary["qk_rope_head_dim"],
         "cached_numbers_per_token": {"before": result.cached_before, "after": result.cached_after},
         "calibration_tokens": result.details["calibration"]["tokens"],
         "seconds": round(time.perf_counter() - began, 1),
@@ -57,6 +61,7 @@ def convert(arguments: argparse.Namespace, keep: float, recover: str, text: Path
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--keep", type=float, action="append", help="fraction of the cache; may be repeated")
+    options.add_argument("--sizes", choices=("equal", "measured"), action="append", help="equal unless given")
     options.add_argument("--recover", choices=("none", "refit"), action="append")
     options.add_argument("--calib", choices=("text", "self"), action="append")
     arguments = options.parse_args()
@@ -64,11 +69,13 @@ def main() -> None:
         half = first_half(arguments.text, folder)
         rows, outs = [], []
         for calib in arguments.calib or ("text", "self"):
-            for keep in arguments.keep or tuple(FLOORS):
-                for recover in arguments.recover or ("none", "refit"):
-                    outs.append(folder / f"{calib}-{keep:g}-{recover}")
-                    make = partial(convert, arguments, keep, recover, half if calib == "text" else None)
-                    rows.append(kept_row(arguments, outs[-1], make))
+            kinds = product(
+                arguments.keep or tuple(FLOORS), arguments.sizes or ("equal",), arguments.recover or ("none", "refit")
+            )
+            for keep, sizes, recover in kinds:
+                outs.append(folder / f"{calib}-{keep:g}-{sizes}-{recover}")
+                make = partial(convert, arguments, keep, sizes, recover, half if calib == "text" else None)
+                rows.append(kept_row(arguments, outs[-1], make))
         print(document("mla_quality", arguments, judged(arguments, rows, outs)))
 
 

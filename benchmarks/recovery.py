@@ -167,7 +167,8 @@ def main() -> None:
     options.add_argument("--plot", type=Path, help="HTML page to write")
     add_only(options)
     arguments = options.parse_args()
-    reach = dict(zip((0, 250_000, 1_000_000), FLOORS.get(arguments.method, ()), strict=False))
+    floors = FLOORS.get(arguments.method.replace(" sizes=measured", ""), ())
+    reach = dict(zip((0, 250_000, 1_000_000), floors, strict=False))
     rows, outs = [], []
     with folder_of(arguments) as folder:
         text = first_half(arguments.text, folder) if arguments.calib == "text" else None

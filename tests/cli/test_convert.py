@@ -125,6 +125,15 @@ class TestConvert:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert model.dtype == torch.bfloat16
 
+    def test_sizes_by_layer(self, cli: Run, tiny: Path, prose: Path, tmp_path: Path) -> None:
+        document = cli(*convert_arguments(tiny, tmp_path / "out", prose, "--sizes", "measured", "--json")).document
+        assert document["emitted_as"] == "attnopt"
+        assert document["cached_numbers_per_token"] == {"before": 64, "after": 32}
+        (summary,) = document["summary"].values()
+        assert [set(row["losses"]) for row in summary["sizes"]] == [{"8", "16", "30"}] * 2
+        verified = cli("verify", tmp_path / "out", "--text", prose, "--window", "32", "--windows", "2", "--json")
+        assert verified.code == 0, verified.err
+
 
 def document_source(out: Path) -> str:
     return json.loads((out / "attnopt.json").read_text())["run"]["model"]
@@ -186,7 +195,8 @@ class TestRefusals:
         assert entries(tmp_path) == set()
 
     @pytest.mark.parametrize(
-        ("option", "reason"), [("lane=false", "constant lane"), ("tables=per-layer", "rope tables")]
+        ("option", "reason"),
+        [("lane=false", "constant lane"), ("tables=per-layer", "rope tables"), ("sizes=measured", "differ in size")],
     )
     def test_what_the_stock_class_cannot_hold_is_refused_before_work_starts(
         self, cli: Run, tiny: Path, tmp_path: Path, option: str, reason: str

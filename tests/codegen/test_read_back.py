@@ -48,6 +48,8 @@ EVEN = (
     "moh{active=0.5 router=qnorm unit=kv-group fill=none}"
 )
 LATENT = "to-mla{kv-keep=0.75},prune{keep-heads=0.5 fill=none},moh{active=0.5 fill=mean}"
+#: Layers of different sizes.
+SIZES = "to-mla{kv-keep=0.5 sizes=measured}"
 
 
 @functools.cache
@@ -110,6 +112,7 @@ CASES = [
     ("llama", UNEVEN),
     ("llama", EVEN),
     ("llama", LATENT),
+    ("llama", SIZES),
     ("bert", "share{layers=1 fill=none},prune{keep-heads=0.5 fill=none},moh{active=0.5 fill=mean}"),
     *(
         pytest.param(family, pipeline, marks=pytest.mark.slow)
@@ -141,6 +144,7 @@ def test_facts_and_numbers_are_those_written(family: str, pipeline: str) -> None
     assert [facts(site) for site in found.site_list] == [facts(site) for site in written.site_list]
     assert found.cached_numbers_per_token == written.cached_numbers_per_token
     assert found.model_type == family
+    assert pipeline != SIZES or len({site.cached_numbers_per_token for site in found.site_list}) > 1
     batch = models.inputs(family, 2, 11, seed=5)
     with torch.no_grad():
         expected = model(**batch)[0]
@@ -208,7 +212,7 @@ def profiled(program: Program) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", [UNEVEN, EVEN, LATENT])
+@pytest.mark.parametrize("pipeline", [UNEVEN, EVEN, LATENT, SIZES])
 def test_it_can_be_profiled(pipeline: str) -> None:
     """Values per key/value head are there for uneven groups, and of shared layers what they compute themselves."""
     written, _, found, _ = read_back("llama", pipeline)
@@ -226,8 +230,9 @@ def test_it_can_be_profiled(pipeline: str) -> None:
         assert not bool(profile.metric("lamp")[0].isnan().any())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pipeline", [UNEVEN, EVEN, LATENT])
+@pytest.mark.parametrize(
+    "pipeline", [SIZES, *(pytest.param(text, marks=pytest.mark.slow) for text in (UNEVEN, EVEN, LATENT))]
+)
 def test_it_can_be_exported(pipeline: str, tmp_path: Path) -> None:
     found = read_back("llama", pipeline)[2]
     result = emit_onnx(to_latent_form(found), tmp_path, find_target("cpu"), "matmul", Silent())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
 from attnopt.errors import OptionError, UnsupportedError
-from attnopt.passes.mla.layer import closed_form
+from attnopt.passes.mla.layer import LatentLayer, closed_form
 from attnopt.passes.mla.slots import choose_table, slot_energies
 from attnopt.passes.mla.statistics import LayerStatistics
 from attnopt.rewriter import parallel
@@ -17,6 +18,8 @@ from attnopt.rewriter.site import AttentionSite
 
 #: Shares of the budget that are tried as rope width.
 ROPE_SHARES = (0.22, 0.29, 0.36, 0.43)
+#: Sizes at which the loss of a layer is measured, as multiples of the mean size.
+SIZE_SHARES = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Split:
 def kept_numbers(site: AttentionSite, keep: float) -> int:
     """Cached numbers of a converted layer for a fraction of the source's: the nearest multiple of 8 (of 2 below 64)."""
     before = site.cached_numbers_per_token
-    step = 8 if before >= 64 else 2
+    step = step_of(before)
     return max(2 * step, round(before * keep / step) * step)
+
+
+def step_of(numbers: int) -> int:
+    """What sizes are rounded to a multiple of."""
+    return 8 if numbers >= 64 else 2
 
 
 def turning_pairs(site: AttentionSite) -> int:
@@ -49,12 +57,84 @@ def turning_pairs(site: AttentionSite) -> int:
     return 0 if site.rope is None else site.kv_heads * len(site.rope.inv_freq)
 
 
+def split_at(site: AttentionSite, total: int, share: float, lane: bool) -> Split:
+    """The split of a budget with about a share of it as rope width, as far as there are pairs that turn."""
+    step = step_of(total)
+    most = min(2 * turning_pairs(site), total - 1 - int(lane))
+    width = min(max(2, round(total * share / step) * step), most // 2 * 2)
+    return Split(width, total - width)
+
+
 def candidates(site: AttentionSite, total: int, lane: bool) -> tuple[Split, ...]:
     """Splits of a budget worth trying, rope width ascending."""
-    step = 8 if total >= 64 else 2
-    widths = {max(2, round(total * share / step) * step) for share in ROPE_SHARES}
-    most = min(2 * turning_pairs(site), total - 1 - int(lane))
-    return tuple(Split(width, total - width) for width in sorted({min(w, most // 2 * 2) for w in widths}) if width)
+    splits = {split_at(site, total, share, lane) for share in ROPE_SHARES}
+    return tuple(sorted((split for split in splits if split.rope), key=lambda split: split.rope))
+
+
+def sizes_to_try(site: AttentionSite, total: int) -> tuple[int, ...]:
+    """Budgets of one layer worth measuring where layers have `total` on average, ascending.
+
+    They differ from it by multiples of the step of budgets, and larger ones are still less than the layer keeps now.
+    """
+    before = site.cached_numbers_per_token
+    step = step_of(before)
+    fewest, most = -((total - 2 * step) // step), max(0, (before - 1 - total) // step)
+    steps = {min(max(round((share - 1) * total / step), fewest), most) for share in SIZE_SHARES}
+    return tuple(sorted(total + count * step for count in steps))
+
+
+def allocate(losses: Sequence[Mapping[int, float]], total: int, step: int) -> tuple[int, ...]:
+    """Budgets of layers whose losses add up to the least.
+
+    Between the sizes measured, a layer's loss is taken to fall by equal factors, and of all sizes those on the lower
+    convex hull count. Then the layer that gains most by it gets the next numbers, until all are given away: for convex
+    losses no division is better.
+
+    Args:
+        losses: what the model loses when the layer alone has a size, by size; of each layer.
+        total: numbers to divide; at least the sum of the smallest sizes.
+        step: sizes measured differ by multiples of it, and budgets will.
+
+    Returns:
+        a budget for each layer; together `total`, or less where more would gain nothing.
+
+    Raises:
+        UnsupportedError: a loss is not finite.
+    """
+    if not all(math.isfinite(loss) for layer in losses for loss in layer.values()):
+        raise UnsupportedError("a layer's loss is not finite", "check the model and the calibration text")
+    sizes = [min(layer) for layer in losses]
+    left = total - sum(sizes)
+    gains = [(gain, -index, width) for index, layer in enumerate(losses) for gain, width in _gains(layer, step)]
+    for gain, index, width in sorted(gains, reverse=True):
+        if gain > 0:
+            given = min(width, left)
+            sizes[-index] += given
+            left -= given
+    return tuple(sizes)
+
+
+def _gains(losses: Mapping[int, float], step: int) -> list[tuple[float, int]]:
+    """(fall of the loss per number, numbers) of each edge of the lower convex hull, steepest first."""
+    hull: list[tuple[int, float]] = []
+    for point in _interpolated(losses, step):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [(-_slope(a, b), b[0] - a[0]) for a, b in pairwise(hull)]
+
+
+def _interpolated(losses: Mapping[int, float], step: int) -> list[tuple[int, float]]:
+    """The loss at every multiple of a step from the smallest size on, ascending."""
+    known = sorted((size, max(loss, 1e-12)) for size, loss in losses.items())
+    found = known[:1]
+    for (a, first), (b, last) in pairwise(known):
+        found += [(size, first * (last / first) ** ((size - a) / (b - a))) for size in range(a + step, b + 1, step)]
+    return found
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def check_split(site: AttentionSite, split: Split, lane: bool, force: bool) -> None:
@@ -106,6 +186,20 @@ class HeldOut:
     positions: Tensor | None = None
 
 
+def quick_form(stats: LayerStatistics, energies: Tensor, split: Split, lane: bool) -> LatentLayer:
+    """A layer converted to be tried: by a quick closed form, with a rope table of its own.
+
+    Args:
+        stats: of the layer.
+        energies: its slot energies.
+        split: its sizes.
+        lane: whether one latent channel is the constant.
+    """
+    table = choose_table([energies], split.rope // 2)
+    layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=1)
+    return layer.to(stats.layer.w_q.dtype)
+
+
 def split_errors(
     stats: LayerStatistics, held_out: Sequence[HeldOut], splits: Sequence[Split], lane: bool
 ) -> dict[Split, float]:
@@ -126,9 +220,7 @@ def split_errors(
     (tokens,) = parallel.sum_of(sum(sample.weights.numel() * sample.count for sample in held_out))
     result = {}
     for split in splits:
-        table = choose_table([energies], split.rope // 2)
-        layer, _ = closed_form(stats, table, split.rank - int(lane), sweeps=1)
-        layer = layer.to(source.w_q.dtype)
+        layer = quick_form(stats, energies, split, lane)
         error = 0.0
         for sample in held_out:
             found = layer.attend(source, sample.x, positions=sample.positions)

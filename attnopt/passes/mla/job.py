@@ -40,7 +40,8 @@ class Settings:
     """How to convert.
 
     Attributes:
-        splits: the split, or those to choose from.
+        splits: the split, or those to choose from; all cache the same.
+        sizes: budgets to try each layer at, if layers may differ in size; else none.
         lane: whether the last latent channel is the constant 1.
         refit: fit all weights of each layer after the closed form.
         epochs: passes over the text in a refit; None for as many as `default_epochs` says.
@@ -50,6 +51,7 @@ class Settings:
     """
 
     splits: tuple[Split, ...]
+    sizes: tuple[int, ...]
     lane: bool
     refit: bool
     epochs: int | None
@@ -101,8 +103,8 @@ class Job:
         """Convert every layer."""
         windows, selection = self.context.calibration.windows, self.context.calibration.selection
         probe = self._probe(windows, selection)
-        split = best_split(probe.errors) if probe.errors else self.settings.splits[0]
-        table = probe.table(split)
+        splits = self._chosen(probe)
+        tables = self._tables(probe, splits)
         held_out = selection if self.settings.refit else selection[:0]
         reach = reach_of(self.program)
         stream = Stream(self.runner, windows, held_out, self.keep, spread=True, reach=reach)
@@ -112,18 +114,16 @@ class Job:
         records = []
         for site, loaded in stream.layers(self.context.reporter, "converting"):
             if site.fqn in self.sites:
-                own = self._own_table(probe, site, split, table)
                 # Not named: what it holds must be gone before the next layer is loaded.
-                records.append(_LayerJob(self, loaded, site, stream, reference, split).run(own))
+                records.append(_LayerJob(self, loaded, site, stream, reference, splits[site.fqn]).run(tables[site.fqn]))
             elif reference is not None:
                 for batch in reference.batches:
                     reference.advance_unchanged(batch, loaded)
         summary = {
-            "kv_lora_rank": split.rank,
-            "qk_rope_head_dim": split.rope,
+            **self._sizes(splits, probe),
             "lane": self.settings.lane,
             "recover": "refit" if self.settings.refit else "none",
-            "rope_frequencies": list(table) if self.settings.shared_table else "per layer",
+            "rope_frequencies": list(tables[self.sites[0]]) if self.settings.shared_table else "per layer",
             "calibration_sha256": self.context.calibration.sha256,
             "split_errors": [
                 {"qk_rope_head_dim": s.rope, "kv_lora_rank": s.rank, "error": e} for s, e in probe.errors.items()
@@ -131,25 +131,54 @@ class Job:
         }
         return Outcome(self.editor, summary, tuple(records))
 
-    def _own_table(self, probe: Probe, site: AttentionSite, split: Split, table: tuple[int, ...]) -> tuple[int, ...]:
+    def _chosen(self, probe: Probe) -> Mapping[str, Split]:
+        """The split of each layer."""
+        settings = self.settings
+        if settings.sizes:
+            return probe.allocated(self.program.sites, settings.splits[0].total, settings.lane)
+        return dict.fromkeys(self.sites, best_split(probe.errors) if probe.errors else settings.splits[0])
+
+    def _tables(self, probe: Probe, splits: Mapping[str, Split]) -> Mapping[str, tuple[int, ...]]:
+        """Frequencies of the slots of each layer."""
         if self.settings.shared_table:
-            return table
-        return Probe({site.fqn: probe.energies[site.fqn]}, {}).table(split)
+            return dict.fromkeys(splits, probe.table(splits[self.sites[0]]))
+        return {fqn: probe.own_table(fqn, split) for fqn, split in splits.items()}
+
+    def _sizes(self, splits: Mapping[str, Split], probe: Probe) -> dict[str, Any]:
+        """What is to be told of the sizes."""
+        if not self.settings.sizes:
+            split = splits[self.sites[0]]
+            return {"kv_lora_rank": split.rank, "qk_rope_head_dim": split.rope}
+        rows = [
+            {
+                "site": fqn,
+                "kv_lora_rank": split.rank,
+                "qk_rope_head_dim": split.rope,
+                "losses": {str(tried.total): loss for tried, loss in probe.losses[fqn].items()},
+            }
+            for fqn, split in splits.items()
+        ]
+        return {"sizes": rows}
 
     def _probe(self, windows: Tensor, selection: Tensor) -> Probe:
         workdir = self.context.workdir
         if PROBE_STEP in self.done:
             values, record = workdir.load(PROBE_STEP)
             energies = {name: evaluate(value) for name, value in values.items()}
-            errors = {Split(rope, rank): error for rope, rank, error in record["errors"]}
-            return Probe(energies, errors)
+            losses: dict[str, dict[Split, float]] = {}
+            for fqn, rope, rank, loss in record["losses"]:
+                losses.setdefault(fqn, {})[Split(rope, rank)] = loss
+            return Probe(energies, {Split(rope, rank): error for rope, rank, error in record["errors"]}, losses)
         probe = look(
             self.runner, self.sites, windows, selection, self.settings.splits,
             lane=self.settings.lane, stride=self.stride, pooled=self.pooled, keep=self.keep,
-            reporter=self.context.reporter,
+            reporter=self.context.reporter, sizes=self.settings.sizes,
         )  # fmt: skip
-        rows = [[split.rope, split.rank, error] for split, error in probe.errors.items()]
-        workdir.save(PROBE_STEP, {name: e.contiguous() for name, e in probe.energies.items()}, {"errors": rows})
+        record = {
+            "errors": [[split.rope, split.rank, error] for split, error in probe.errors.items()],
+            "losses": [[fqn, s.rope, s.rank, loss] for fqn, tried in probe.losses.items() for s, loss in tried.items()],
+        }
+        workdir.save(PROBE_STEP, {name: e.contiguous() for name, e in probe.energies.items()}, record)
         return probe
 
 

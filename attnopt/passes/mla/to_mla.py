@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from attnopt.errors import OptionError, UnsupportedError
-from attnopt.passes.mla.budget import Split, candidates, check_split, kept_numbers
+from attnopt.passes.mla.budget import Split, candidates, check_split, kept_numbers, sizes_to_try
 from attnopt.passes.mla.job import Job, Settings, working_bytes
 from attnopt.passes.mla.support import obstacle
+from attnopt.passes.mla.trials import TRIAL_BYTES
 from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss
@@ -46,7 +47,13 @@ class ToMla(Pass):
         0.5, help="how far targets lead back to the source model's hidden states", minimum=0.0, maximum=1.0
     )
     lane: bool | None = option(None, help="constant last latent channel, for stock classes; none lets attnopt decide")
-    tables: Literal["shared", "per-layer"] = option("shared", help="rope tables; stock classes have one for all layers")
+    sizes: Literal["equal", "measured"] = option(
+        "equal",
+        help="of the layers; measured gives more of the cache to layers that need more, which stock classes cannot",
+    )
+    tables: Literal["shared", "per-layer"] | None = option(
+        None, help="rope tables; stock classes have one for all layers; none lets attnopt decide"
+    )
     force: bool = option(False, help="convert even if the cache grows")
 
     def check(self, program: Program) -> None:
@@ -62,6 +69,10 @@ class ToMla(Pass):
             )
         if self.kv_lora_rank is not None and self.kv_keep is not None:
             raise OptionError("kv-keep and explicit sizes exclude each other", "give one of them")
+        if self.sizes == "measured" and self.kv_lora_rank is not None:
+            raise OptionError("sizes=measured finds the sizes itself", "give kv-keep instead of sizes")
+        if self.sizes == "measured" and self.tables == "shared":
+            raise OptionError("layers that differ in size share no rope table", "leave tables out with sizes=measured")
         reasons = {site.fqn: _obstacle(program, site) for site in program.site_list}
         if all(reasons.values()):
             distinct = dict.fromkeys(reason for reason in reasons.values() if reason)
@@ -85,6 +96,8 @@ class ToMla(Pass):
         """The stock class has one rope table, and normalises a latent that has no constant lane."""
         if target != "deepseek_v3":
             return None
+        if self.sizes == "measured":
+            return "its layers differ in size (sizes=measured)"
         if self.tables == "per-layer":
             return "its layers have rope tables of their own (tables=per-layer)"
         return "its latent has no constant lane (lane=false)" if self.lane is False else None
@@ -94,7 +107,9 @@ class ToMla(Pass):
         sites = _convertible(program)
         splits = self._splits(sites[0])
         edit: dict[str, Any] = {"to": "mla", "lane": self._lane(sites[0])}
-        if len(splits) == 1:
+        if self.sizes == "measured":
+            edit |= {"cached_on_average": splits[0].total}
+        elif len(splits) == 1:
             edit |= {"kv_lora_rank": splits[0].rank, "qk_rope_head_dim": splits[0].rope}
         else:
             edit |= {"qk_rope_head_dim": [split.rope for split in splits], "cached": splits[0].total}
@@ -104,7 +119,8 @@ class ToMla(Pass):
             for site in program.site_list
             if (reason := _obstacle(program, site))
         )
-        return Plan(edits, misses, tuple(self._notes(sites[0], splits)), working_bytes(sites[0]))
+        memory = working_bytes(sites[0]) + (TRIAL_BYTES if self.sizes == "measured" else 0)
+        return Plan(edits, misses, tuple(self._notes(sites[0], splits)), memory)
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
         """Convert every planned layer.
@@ -118,11 +134,12 @@ class ToMla(Pass):
         first = program.sites[sites[0]]
         settings = Settings(
             splits=self._splits(first),
+            sizes=sizes_to_try(first, self._splits(first)[0].total) if self.sizes == "measured" else (),
             lane=self._lane(first),
             refit=self.recover == "refit",
             epochs=self.epochs,
             follow=self.follow,
-            shared_table=self.tables == "shared",
+            shared_table=self.tables != "per-layer" and self.sizes == "equal",
         )
         with torch.no_grad():
             outcome = Job(program, sites, settings, context, self.to_text()).run()
@@ -141,8 +158,9 @@ class ToMla(Pass):
         return broken
 
     def _lane(self, site: AttentionSite) -> bool:
-        # With q/k norms no stock class holds the result, so the lane would only cost a channel.
-        return site.q_norm is None and site.k_norm is None if self.lane is None else self.lane
+        # Where no stock class holds the result (q/k norms, layers of different sizes) it would only cost a channel.
+        stock = site.q_norm is None and site.k_norm is None and self.sizes == "equal"
+        return stock if self.lane is None else self.lane
 
     def _splits(self, site: AttentionSite) -> tuple[Split, ...]:
         """The split asked for, or those to choose from."""
@@ -153,6 +171,9 @@ class ToMla(Pass):
 
     def _notes(self, site: AttentionSite, splits: tuple[Split, ...]) -> list[str]:
         notes = []
+        if self.sizes == "measured":
+            tried = ", ".join(map(str, sizes_to_try(site, splits[0].total)))
+            notes.append(f"every layer is tried alone at {tried} cached numbers; they share what all may cache")
         if len(splits) > 1:
             widths = ", ".join(str(split.rope) for split in splits)
             notes.append(f"rope width is chosen among {widths} on held-out calibration text")

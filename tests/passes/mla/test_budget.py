@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla import budget
@@ -92,3 +94,66 @@ def test_a_token_that_is_lost_anyway_does_not_decide_the_split() -> None:
     )
     for split in splits:
         assert huge[split] <= plain[split] + 1 / x.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "d", "total", "sizes"),
+    [(3, 64, 96, (48, 96, 192)), (3, 64, 192, (96, 192, 376)), (3, 64, 288, (144, 288, 376)), (2, 8, 16, (8, 16, 30)),
+     (1, 10, 4, (4, 8)), (3, 64, 376, (184, 376)), (3, 64, 400, (200, 400))],
+)  # fmt: skip
+def test_sizes_to_try_are_around_the_mean_and_below_what_is_kept(
+    kv_heads: int, d: int, total: int, sizes: tuple[int, ...]
+) -> None:
+    assert budget.sizes_to_try(site(kv_heads, d), total) == sizes
+
+
+def test_numbers_go_where_they_gain_most() -> None:
+    steep, flat = {8: 4.0, 16: 1.0, 32: 0.1}, {8: 0.5, 16: 0.4, 32: 0.3}
+    assert budget.allocate([flat, steep], 32, 8) == (8, 24)
+    assert budget.allocate([steep, steep], 32, 8) == (16, 16)
+    assert budget.allocate([flat, flat, steep], 24, 8) == (8, 8, 8)
+    assert budget.allocate([steep, {8: 0.0, 16: 0.0, 32: 0.0}], 64, 8) == (32, 8), "what gains nothing gets nothing"
+
+
+def test_a_loss_that_rises_with_the_size_is_not_paid_for() -> None:
+    assert budget.allocate([{8: 1.0, 16: 2.0, 32: 3.0}, {8: 1.0, 16: 0.5, 32: 0.2}], 40, 8) == (8, 32)
+    assert budget.allocate([{8: 1.0, 16: 2.0, 32: 0.5}], 32, 8) == (32,), "a bump is passed over"
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="not finite"):
+        budget.allocate([{8: 1.0, 16: float("nan")}], 16, 8)
+
+
+_LOSSES = st.tuples(*(st.floats(1e-6, 10) for _ in range(3))).map(lambda x: dict(zip((2, 4, 8), x, strict=True)))
+
+
+@given(st.lists(_LOSSES, min_size=1, max_size=4), st.integers(0, 12))
+def test_no_division_on_the_hulls_is_better(losses: list[dict[int, float]], more: int) -> None:
+    total = 2 * len(losses) + 2 * more
+    found = budget.allocate(losses, total, 2)
+    assert sum(found) <= total
+    assert all(2 <= size <= 8 and size % 2 == 0 for size in found)
+    hulls = [_hull(layer) for layer in losses]
+    best = _least(hulls, total)
+    assert sum(hull[size] for hull, size in zip(hulls, found, strict=True)) == pytest.approx(best, abs=1e-9)
+
+
+def _hull(losses: dict[int, float]) -> dict[int, float]:
+    """The largest convex function below the loss at 2, 4, 6 and 8, by trying all chords."""
+    points = dict(budget._interpolated(losses, 2))
+    found = {}
+    for x in points:
+        chords = [
+            points[a] if a == b else points[a] + (points[b] - points[a]) * (x - a) / (b - a)
+            for a in points for b in points if a <= x <= b
+        ]  # fmt: skip
+        found[x] = min(chords)
+    return found
+
+
+def _least(hulls: list[dict[int, float]], total: int) -> float:
+    if not hulls:
+        return 0.0
+    room = total - 2 * (len(hulls) - 1)
+    return min(loss + _least(hulls[1:], total - size) for size, loss in hulls[0].items() if size <= room)

@@ -116,6 +116,30 @@ def test_without_a_lane_the_value_mean_goes_into_the_output_bias() -> None:
     assert change(program, result.program) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3-partial"])
+def test_measured_sizes_go_where_the_model_needs_them(family: str) -> None:
+    model = models.build(family, num_hidden_layers=3)
+    with torch.no_grad():  # little depends on what the second layer attends to
+        model.model.layers[1].self_attn.o_proj.weight.mul_(0.02)
+    program = capture_module(model)
+    result = convert(program, kv_keep=0.5, sizes="measured")
+    sizes = [site.cached_numbers_per_token for site in result.program.site_list]
+    tried = [list(map(int, row["losses"])) for row in result.summary["sizes"]]
+    least, mean, most = tried[0]
+    assert tried == [[least, mean, most]] * 3
+    assert sizes[1] == least, "it is worth little"
+    assert sum(sizes) == 3 * mean
+    assert all(least < size <= most for size in (sizes[0], sizes[2]))
+    for row, site in zip(result.summary["sizes"], result.program.site_list, strict=True):
+        losses = list(row["losses"].values())
+        assert losses == sorted(losses, reverse=True)
+        assert site.latent is not None
+        assert not site.latent.lane
+        assert (site.latent.kv_lora_rank, site.latent.d_rope) == (row["kv_lora_rank"], row["qk_rope_head_dim"])
+    first, second = (row["losses"][str(least)] for row in result.summary["sizes"][:2])
+    assert second < 0.01 * first
+
+
 def test_only_attention_is_touched() -> None:
     _, program = models.captured("mixtral")
     after = convert(program, kv_keep=0.5).program
@@ -164,6 +188,8 @@ def test_layers_that_cannot_be_converted_are_left_alone() -> None:
         ({"kv_lora_rank": 20, "qk_rope_head_dim": 7}, OptionError, "even"),
         ({"kv_lora_rank": 24, "qk_rope_head_dim": 8}, UnsupportedError, "no fewer than the 32"),
         ({"kv_keep": 1.0}, UnsupportedError, "no fewer"),
+        ({"kv_lora_rank": 20, "qk_rope_head_dim": 8, "sizes": "measured"}, OptionError, "finds the sizes itself"),
+        ({"sizes": "measured", "tables": "shared"}, OptionError, "share no rope table"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, error: type[Exception], words: str) -> None:
@@ -206,9 +232,10 @@ def test_progress_is_reported() -> None:
             self.done += amount
 
     _, program = models.captured("llama")
-    reporter = Counting()
-    convert(program, PassContext(calibration=calibration(), reporter=reporter), kv_keep=0.5)
-    assert reporter.done == reporter.total == 2 * len(program.sites)
+    for sizes, more in (("equal", 0), ("measured", 3 * len(program.sites))):
+        reporter = Counting()
+        convert(program, PassContext(calibration=calibration(), reporter=reporter), kv_keep=0.5, sizes=sizes)
+        assert reporter.done == reporter.total == 2 * len(program.sites) + more
 
 
 def test_it_runs_from_pipeline_text_and_leaves_a_history() -> None:
@@ -239,24 +266,29 @@ class Dying(Staging):
 
 _, program = models.captured("llama")
 with Dying(Path(sys.argv[1]), key="k") as staging:
-    convert(program, PassContext(calibration=calibration(), workdir=staging), kv_keep=0.5, recover="refit", epochs=1)
+    context = PassContext(calibration=calibration(), workdir=staging)
+    convert(program, context, kv_keep=0.5, sizes=sys.argv[3], recover="refit", epochs=1)
 """
 
 
-@pytest.mark.parametrize("step", [pytest.param("probe", marks=pytest.mark.slow), "layer-0000"])
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "sizes"),
+    [pytest.param("probe", "equal", marks=pytest.mark.slow), ("layer-0000", "equal"), ("probe", "measured")],
+)
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, step: str, sizes: str) -> None:
     _, program = models.captured("llama")
-    whole = convert(program, kv_keep=0.5, recover="refit", epochs=1).program
+    options: dict[str, Any] = {"kv_keep": 0.5, "sizes": sizes, "recover": "refit", "epochs": 1}
+    whole = convert(program, **options).program
     root = Path(__file__).parents[3]
     died = subprocess.run(
-        [sys.executable, "-c", CRASHING, str(tmp_path / "out"), step],
+        [sys.executable, "-c", CRASHING, str(tmp_path / "out"), step, sizes],
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL, died.stderr
     with Staging(tmp_path / "out", key="k", resume=True) as staging:
         assert step in staging.steps_done()
         context = PassContext(calibration=calibration(), workdir=staging, resume=True)
-        resumed = convert(program, context, kv_keep=0.5, recover="refit", epochs=1).program
+        resumed = convert(program, context, **options).program
         names = [name for name in whole.weight_names if "inv_freq" not in name]
         assert set(names) <= set(resumed.weight_names)
         for name in names:

@@ -20,6 +20,7 @@ from tests.passes.helpers import apply, program_of
 from tests.passes.repair.helpers import text
 
 CLOSED = "to-mla{kv-lora-rank=10 qk-rope-head-dim=4}"
+SIZES = "to-mla{kv-keep=0.5 sizes=measured}"
 DISTILL = "distill{tokens=1280 batch=128 rate=0.003 checks=2 checkpoint-minutes=0 parameters=all}"
 REFIT = "refit{epochs=1 rate=0.0015}"
 SHARE = 'share{layers="1" fill=lsq}'
@@ -31,6 +32,7 @@ def results() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, pipeline in (
         ("closed", CLOSED),
+        ("sizes", SIZES),
         ("distill", f"{CLOSED},{DISTILL}"),
         ("ridge", SHARE),
         ("refit", f"{CLOSED},{REFIT}"),

@@ -42,7 +42,7 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
     return float((one - two).norm() / one.norm())
 
 
-@pytest.mark.parametrize("name", ["closed", "ridge"])
+@pytest.mark.parametrize("name", ["closed", "sizes", "ridge"])
 def test_statistics_add_up(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     assert distance(both[0][name], both[1][name]) < 5e-3  # 16-bit products, summed in another order
 
