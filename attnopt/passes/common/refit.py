@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.passes.common.muon import SIZE, Muon
 from attnopt.rewriter import parallel
 
 #: Largest relative step to begin with, as a multiple of the root of the relative error. Steps have a length of their
@@ -17,8 +18,6 @@ from attnopt.rewriter import parallel
 STEP = 0.008
 #: How often a refit is tried, each time with steps so much shorter, until halfway the error is no larger than before.
 ATTEMPTS, SHORTER = 3, 3.0
-#: Root mean square of an entry in an update of Muon at rate 1, as `match_rms_adamw` scales it.
-MUON_SIZE = 0.2
 #: Passes over little text in a refit, and how many tokens are gone through before there are fewer passes.
 EPOCHS, REFIT_TOKENS = 8, 131_072
 
@@ -155,13 +154,7 @@ class _Fit:
         vectors = [name for name in self.trained if name not in matrices]
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = torch.optim.Muon(
-                self._groups(matrices, rate / MUON_SIZE),
-                weight_decay=0.0,
-                momentum=0.9,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            self.optimizers.append(muon)
+            self.optimizers.append(Muon(self._groups(matrices, rate / SIZE)))
         if vectors:
             self.optimizers.append(torch.optim.Adam(self._groups(vectors, rate), betas=(0.9, 0.95)))
 
