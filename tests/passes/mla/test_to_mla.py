@@ -116,7 +116,7 @@ def test_without_a_lane_the_value_mean_goes_into_the_output_bias() -> None:
     assert change(program, result.program) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3-partial"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", pytest.param("phi3-partial", marks=pytest.mark.slow)])
 def test_measured_sizes_go_where_the_model_needs_them(family: str) -> None:
     model = models.build(family, num_hidden_layers=3)
     with torch.no_grad():  # little depends on what the second layer attends to
