@@ -12,7 +12,7 @@ from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla.budget import Split, candidates, check_split, kept_numbers, sizes_to_try
 from attnopt.passes.mla.job import Job, Settings, working_bytes
 from attnopt.passes.mla.support import obstacle
-from attnopt.passes.mla.trials import TRIAL_BYTES
+from attnopt.passes.mla.trials import trial_bytes
 from attnopt.rewriter.passes import Pass, PassContext, PassResult, Plan, SitePlan, option
 from attnopt.rewriter.program import Program
 from attnopt.rewriter.recognize import Miss
@@ -119,7 +119,10 @@ class ToMla(Pass):
             for site in program.site_list
             if (reason := _obstacle(program, site))
         )
-        memory = working_bytes(sites[0]) + (TRIAL_BYTES if self.sizes == "measured" else 0)
+        memory = working_bytes(sites[0])
+        if self.sizes == "measured":
+            tried = sizes_to_try(sites[0], splits[0].total)
+            memory += trial_bytes(len(sites), len(tried), sites[0].o.out_features)
         return Plan(edits, misses, tuple(self._notes(sites[0], splits)), memory)
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:

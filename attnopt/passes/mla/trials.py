@@ -24,6 +24,11 @@ from attnopt.rewriter.site import AttentionSite
 TRIAL_TOKENS, TRIAL_BYTES = 2048, 1 << 30
 
 
+def trial_bytes(layers: int, sizes: int, width: int) -> int:
+    """Bytes that hidden states of `width` float32 numbers take at most, for so many layers tried at so many sizes."""
+    return min(TRIAL_BYTES, layers * sizes * TRIAL_TOKENS * width * 4)
+
+
 @dataclass(eq=False)
 class _Trial:
     """One layer converted to one split, and what is live behind it for each batch."""

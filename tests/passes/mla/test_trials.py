@@ -14,6 +14,7 @@ from attnopt.passes.mla.budget import Split
 from attnopt.passes.mla.layer import LatentLayer
 from attnopt.passes.mla.source_layer import SourceLayer, read_source
 from attnopt.passes.mla.statistics import LayerStatistics
+from attnopt.passes.mla.to_mla import ToMla
 from attnopt.passes.mla.trials import Trials
 from attnopt.progress import Silent
 from attnopt.rewriter.capture import capture_module
@@ -103,3 +104,11 @@ def test_text_is_bounded_by_tokens_and_memory_but_there_is_some(
     assert sum(batch.held_out and not batch.lone for batch in trials.stream.batches) == 5
     assert len(trials.batches) == batches
     assert all(loss > 0 for found in losses.values() for loss in found.values())
+
+
+def test_predicted_memory_is_bounded_and_grows_with_the_trials() -> None:
+    assert trials_module.trial_bytes(2, 3, 32) == 2 * 3 * 32 * 4 * trials_module.TRIAL_TOKENS
+    assert trials_module.trial_bytes(80, 3, 8192) == trials_module.TRIAL_BYTES
+    _, program = models.captured("llama")
+    equal, measured = (ToMla(kv_keep=0.5, sizes=sizes).plan(program, {}).memory for sizes in ("equal", "measured"))
+    assert measured - equal == trials_module.trial_bytes(len(program.sites), 3, 32)
