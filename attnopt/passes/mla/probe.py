@@ -55,7 +55,7 @@ class Probe:
     def allocated(self, sites: Mapping[str, AttentionSite], total: int, lane: bool) -> dict[str, Split]:
         """A split of its own for each layer tried, so that what the model loses is least for `total` on average."""
         losses = [{split.total: loss for split, loss in found.items()} for found in self.losses.values()]
-        step = step_of(next(iter(sites.values())).cached_numbers_per_token)
+        step = step_of(sites[next(iter(self.losses))].cached_numbers_per_token)
         sizes = allocate(losses, total * len(losses), step)
         result = {}
         for (fqn, tried), size in zip(self.losses.items(), sizes, strict=True):

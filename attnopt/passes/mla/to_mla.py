@@ -119,10 +119,8 @@ class ToMla(Pass):
             for site in program.site_list
             if (reason := _obstacle(program, site))
         )
-        memory = working_bytes(sites[0])
-        if self.sizes == "measured":
-            tried = sizes_to_try(sites[0], splits[0].total)
-            memory += trial_bytes(len(sites), len(tried), sites[0].o.out_features)
+        trials = trial_bytes(len(sites), len(self._tried(sites[0])), sites[0].o.out_features)
+        memory = working_bytes(sites[0]) + trials
         return Plan(edits, misses, tuple(self._notes(sites[0], splits)), memory)
 
     def apply(self, program: Program, plan: Plan, context: PassContext) -> PassResult:
@@ -137,7 +135,7 @@ class ToMla(Pass):
         first = program.sites[sites[0]]
         settings = Settings(
             splits=self._splits(first),
-            sizes=sizes_to_try(first, self._splits(first)[0].total) if self.sizes == "measured" else (),
+            sizes=self._tried(first),
             lane=self._lane(first),
             refit=self.recover == "refit",
             epochs=self.epochs,
@@ -165,6 +163,10 @@ class ToMla(Pass):
         stock = site.q_norm is None and site.k_norm is None and self.sizes == "equal"
         return stock if self.lane is None else self.lane
 
+    def _tried(self, site: AttentionSite) -> tuple[int, ...]:
+        """Sizes at which every layer is tried alone; none if all get the same."""
+        return sizes_to_try(site, self._splits(site)[0].total) if self.sizes == "measured" else ()
+
     def _splits(self, site: AttentionSite) -> tuple[Split, ...]:
         """The split asked for, or those to choose from."""
         if self.kv_lora_rank is not None and self.qk_rope_head_dim is not None:
@@ -175,7 +177,7 @@ class ToMla(Pass):
     def _notes(self, site: AttentionSite, splits: tuple[Split, ...]) -> list[str]:
         notes = []
         if self.sizes == "measured":
-            tried = ", ".join(map(str, sizes_to_try(site, splits[0].total)))
+            tried = ", ".join(map(str, self._tried(site)))
             notes.append(f"every layer is tried alone at {tried} cached numbers; they share what all may cache")
         if len(splits) > 1:
             widths = ", ".join(str(split.rope) for split in splits)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.passes.mla import budget
 from attnopt.passes.mla.budget import HeldOut, Split
+from attnopt.passes.mla.probe import Probe
 from attnopt.rewriter.site import AttentionSite, CacheEntry, CacheSpec, RopeSpec
 from tests import models
 from tests.passes.mla.layers import source, statistics, text, weights_of
@@ -123,6 +124,16 @@ def test_a_loss_that_rises_with_the_size_is_not_paid_for() -> None:
 def test_a_loss_that_is_no_number_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="not finite"):
         budget.allocate([{8: 1.0, 16: float("nan")}], 16, 8)
+
+
+def test_a_first_layer_that_is_left_alone_does_not_say_the_step() -> None:
+    losses = {
+        "second": {Split(16, 32): 0.5, Split(32, 64): 0.3, Split(64, 128): 0.2},
+        "third": {Split(20, 28): 0.9, Split(40, 56): 0.3, Split(80, 112): 0.1},
+    }
+    sites = {"first": site(1, 10), "second": site(), "third": site()}
+    found = Probe({}, {}, losses).allocated(sites, 96, lane=False)
+    assert found == {"second": Split(32, 64), "third": Split(40, 56)}
 
 
 _LOSSES = st.tuples(*(st.floats(1e-6, 10) for _ in range(3))).map(lambda x: dict(zip((2, 4, 8), x, strict=True)))
