@@ -157,7 +157,7 @@ class Manifest:
             "---",
             "library_name: transformers",
             f"base_model: {json.dumps(self.source.get('name', ''))}",
-            f"tags: [attnopt, {self.emitted_as}]",
+            f"tags: [{', '.join(dict.fromkeys(('attnopt', self.emitted_as)))}]",
             "---",
             "",
             f"# {self.source.get('name', 'model')}, rewritten by attnopt",

@@ -9,6 +9,7 @@ import resource
 import signal
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -380,6 +381,8 @@ def test_manifest_and_card(tmp_path: Path) -> None:
     assert document["run"] == {"seconds": 1.5}
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "\ntags: [attnopt, deepseek_v3]\n" in card
+    assert "\ntags: [attnopt]\n" in replace(manifest, emitted_as="attnopt").card()
     assert "| cached numbers per token | 100 | 50 (50.0%) |" in card
     assert "attnopt run MODEL -p 'to-mla{kv-keep=0.5}'" in card
     assert "| perplexity_ratio | | 1.0512 |" in card

@@ -244,6 +244,8 @@ class _LayerJob:
         record: dict[str, Any] = {
             "site": self.site.fqn,
             "layer": self.site.layer,
+            "kv_lora_rank": self.split.rank,
+            "qk_rope_head_dim": self.split.rope,
             "low_rank_share": predicted.low_rank_share,
             "slot_share": predicted.slots / max(predicted.slots + predicted.low_rank, 1e-300),
         }

@@ -136,6 +136,7 @@ def test_measured_sizes_go_where_the_model_needs_them(family: str) -> None:
         assert site.latent is not None
         assert not site.latent.lane
         assert (site.latent.kv_lora_rank, site.latent.d_rope) == (row["kv_lora_rank"], row["qk_rope_head_dim"])
+    assert [row["kv_lora_rank"] + row["qk_rope_head_dim"] for row in result.layers] == sizes
     first, second = (row["losses"][str(least)] for row in result.summary["sizes"][:2])
     assert second < 0.01 * first
 
