@@ -19,7 +19,7 @@ Calib = Annotated[
     typer.Option(
         "--calib",
         metavar="self|FILE",
-        help="text to calibrate on (image models: pictures), may be repeated; 'self' lets the model write it",
+        help="text to calibrate on (image models: pictures), may be repeated; 'self' lets the model write it, or some",
         show_default="self",
     ),
 ]

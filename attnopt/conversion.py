@@ -47,28 +47,30 @@ class CalibrationOptions:
         tokens: how much, in tokens, the part kept for choosing included.
         context: tokens in a window.
         seed: of the sampling and of everything else random.
+        own: whether the model writes some of the text beside the files, as much as each of them gives.
     """
 
     files: tuple[Path, ...] = ()
     tokens: int = 32768
     context: int = 512
     seed: int = 0
+    own: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes calibration text."""
+        return self.own or not self.files
+
+    def of_files(self, tokens: int) -> int:
+        """What files give of so many tokens."""
+        return tokens * len(self.files) // (len(self.files) + int(self.writes))
 
     @classmethod
     def parse(cls, calib: Sequence[str] | None, tokens: int, context: int, seed: int) -> CalibrationOptions:
-        """From what is given to `--calib`: "self" (or nothing), or files.
-
-        Raises:
-            OptionError: if both are given.
-        """
-        given = list(calib or ["self"])
-        if given == ["self"]:
-            return cls((), tokens, context, seed)
-        if "self" in given:
-            raise OptionError(
-                "--calib self cannot be combined with files", "give --calib self or --calib FILE, not both"
-            )
-        return cls(tuple(Path(name) for name in given), tokens, context, seed)
+        """From what is given to `--calib`: "self" (or nothing), files, or both."""
+        given = list(calib or [])
+        files = tuple(Path(name) for name in given if name != "self")
+        return cls(files, tokens, context, seed, own=bool(files) and "self" in given)
 
 
 @dataclass(frozen=True)

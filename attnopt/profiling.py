@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,27 +114,37 @@ def make_prompts(
         OptionError: an image model, and no pictures are given.
         SourceError: a file cannot be read.
     """
-    from attnopt.profiles.calibration import from_files
+    from attnopt.profiles.calibration import from_files, together
     from attnopt.profiles.images import image_prompts
     from attnopt.profiles.prompts import Prompts
     from attnopt.profiles.writing import self_sampled
 
     if "pixel_values" in program.inputs:
+        if calibration.own:
+            raise OptionError(f"{source.name} reads images and writes no text", "leave out --calib self")
         return image_prompts(source, program, calibration.files, PICTURES, calibration.seed)
     if "input_ids" not in program.inputs:
         raise UnsupportedError(f"{source.name} reads neither text nor images, so there is nothing to profile it on")
     calibration = within_positions(program, calibration)
-    sizes = (calibration.tokens, calibration.context, calibration.seed)
+    context, seed = calibration.context, calibration.seed
+    of_files = calibration.of_files(calibration.tokens)
+    texts = []
     if calibration.files:
-        text = from_files(source.tokenizer(), calibration.files, *sizes)
-    elif source.model_class.can_generate():
-        reporter.say(f"the model writes {calibration.tokens:,} tokens to be profiled on")
-        text = self_sampled(source, *sizes, device=str(device), reporter=reporter)
+        texts.append(from_files(source.tokenizer(), calibration.files, of_files, context, seed))
+    if calibration.own or (calibration.writes and source.model_class.can_generate()):
+        reporter.say(f"the model writes {calibration.tokens - of_files:,} tokens to be profiled on")
+        written = self_sampled(
+            source, calibration.tokens - of_files, context, seed, device=str(device), reporter=reporter
+        )
+        texts.append(written)
+    if texts:
+        text = reduce(together, texts)
     else:
         from attnopt.evaluate.text import PYTHON_TOPICS, write_python_topics
 
         with tempfile.TemporaryDirectory(prefix="attnopt-profile-") as folder:
-            text = from_files(source.tokenizer(), [write_python_topics(Path(folder))], *sizes)
+            topics = [write_python_topics(Path(folder))]
+            text = from_files(source.tokenizer(), topics, calibration.tokens, context, seed)
         text = replace(text, source=PYTHON_TOPICS)
     return Prompts.of_calibration(text)
 

@@ -31,7 +31,7 @@ def to_learn_from(passes: Sequence[Pass]) -> LearningText:
 
 
 def from_files(source: ModelSource, calibration: CalibrationOptions, learned: LearningText) -> Calibration:
-    """Text of the files given.
+    """Text of the files given, as much as is theirs if the model writes, too.
 
     Args:
         source: whose tokenizer is used.
@@ -41,8 +41,8 @@ def from_files(source: ModelSource, calibration: CalibrationOptions, learned: Le
     from attnopt.profiles.calibration import from_files
 
     return from_files(
-        source.tokenizer(), calibration.files, calibration.tokens, calibration.context, calibration.seed,
-        learned.tokens, _window(learned, source, _author(source, learned)),
+        source.tokenizer(), calibration.files, calibration.of_files(calibration.tokens), calibration.context,
+        calibration.seed, calibration.of_files(learned.tokens), _window(learned, source, _author(source, learned)),
     )  # fmt: skip
 
 
@@ -95,8 +95,12 @@ class Author:
             SourceError: the author asked for cannot be read.
             UnsupportedError: calibration text is needed and the model cannot write.
         """
-        if text is None and needed:
-            text = self._calibration()
+        from attnopt.profiles.calibration import together
+
+        if text is None:
+            text = self._calibration() if needed else None
+        elif needed and self.calibration.own:
+            text = together(text, self._calibration())
         return None if text is None else self._with_text_to_learn_from(text)
 
     def _calibration(self) -> Calibration:
@@ -109,23 +113,31 @@ class Author:
             saved = WeightStore(values)
             return Calibration(saved.get("windows"), saved.get("selection"), **record)
         wanted = self.calibration
-        self.reporter.say(f"the model writes {wanted.tokens:,} tokens of calibration text")
-        text = self_sampled(self._writer, wanted.tokens, wanted.context, wanted.seed, **self._how)
+        tokens = wanted.tokens - wanted.of_files(wanted.tokens)
+        self.reporter.say(f"the model writes {tokens:,} tokens of calibration text")
+        text = self_sampled(self._writer, tokens, wanted.context, wanted.seed, **self._how)
         pools = {"windows": text.windows, "selection": text.selection}
         self.steps.save(CALIBRATION_STEP, pools, {"source": text.source, "sha256": text.sha256, "seed": text.seed})
         return text
 
     def _with_text_to_learn_from(self, text: Calibration) -> Calibration:
-        """With what is missing of it, once what was left of the files and their calibration windows have been read."""
+        """With what is missing of it, once what was left of the files and their calibration windows have been read.
+
+        Where the model writes beside the files, at least its share.
+        """
         there, tokens = text.recovery, self.learned.tokens
         missing = tokens if there is None else tokens - there.windows.numel() - there.seen.numel()
+        missing = max(missing, tokens - self.calibration.of_files(tokens)) if self.calibration.own else missing
         if missing <= 0 or (there is not None and self.learned.again):
             return text
         self.reporter.say(f"the model writes {missing:,} tokens to learn from")
         try:
             if there is None:
                 return replace(text, recovery=self._all_written(text, missing))
-            return replace(text, recovery=there.with_written(self._written(missing, there.window)))
+            # Where the model is to serve its own text as well, that judges, too: as much of it as of the files.
+            held_out = len(there.selection) if self.calibration.own else 0
+            written = self._written(missing + held_out * there.window, there.window)
+            return replace(text, recovery=there.with_written(written, held_out))
         except UnsupportedError as reason:
             if there is None:
                 raise
@@ -174,6 +186,8 @@ class Author:
 def describe(calibration: CalibrationOptions, text: Calibration | None) -> dict[str, Any]:
     """The text as plain data. What the model will write is determined by the rest."""
     found: dict[str, Any] = {"source": "self", "tokens": calibration.tokens, "context": calibration.context}
+    if calibration.own:
+        found["own"] = True
     if text is not None:
         found |= {"source": text.source, "tokens": text.tokens, "sha256": text.sha256}
         if text.recovery is not None:

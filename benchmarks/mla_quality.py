@@ -4,11 +4,11 @@
     python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.5 --recover none --calib text --work DIR
     python benchmarks/mla_quality.py MODEL --text wiki.valid.txt --keep 0.25 --sizes equal --sizes measured
 
-The first half of the text calibrates, the second half judges; "self" calibrates on text sampled from the model. Every
-result is written as the stock class (with layers of different sizes as attnopt's own), loaded in a fresh process and
-compared there with the original, which is measured in the same process. Prints JSON; rows not yet judged go to stderr
-as they are made. With `--work`, conversions are kept there, and those of the same settings that are there already are
-only judged.
+The first half of the text calibrates, the second half judges; "self" calibrates on text sampled from the model, "both"
+on as much of each. Every result is written as the stock class (with layers of different sizes as attnopt's own), loaded
+in a fresh process and compared there with the original, which is measured in the same process. Prints JSON; rows not
+yet judged go to stderr as they are made. With `--work`, conversions are kept there, and those of the same settings that
+are there already are only judged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SELF_FACTOR = 1.25
 
 
 def convert(
-    arguments: argparse.Namespace, keep: float, sizes: str, recover: str, text: Path | None, out: Path
+    arguments: argparse.Namespace, keep: float, sizes: str, recover: str, calib: str, text: Path, out: Path
 ) -> dict[str, Any]:
     """One conversion; returns a row of the table without the quality."""
     from attnopt import api
@@ -40,7 +40,7 @@ def convert(
         arguments.model,
         out,
         method_options={"kv-keep": keep, "sizes": sizes, "recover": recover},
-        calibration=calibration(arguments, text),
+        calibration=calibration(arguments, None if calib == "self" else text, own=calib == "both"),
         options=RunOptions(emit="deepseek_v3" if sizes == "equal" else "attnopt", overwrite=True),
     )
     (summary,) = result.details["summary"].values()
@@ -49,12 +49,12 @@ def convert(
         "kept": keep,
         "sizes": [[row["qk_rope_head_dim"], row["kv_lora_rank"]] for row in summary.get("sizes", [summary])],
         "recover": recover,
-        "calibration": "self" if text is None else "text",
+        "calibration": calib,
         "emitted_as": result.emitted_as,
         "cached_numbers_per_token": {"before": result.cached_before, "after": result.cached_after},
         "calibration_tokens": result.details["calibration"]["tokens"],
         "seconds": round(time.perf_counter() - began, 1),
-        "to_reach": floor * (SELF_FACTOR if text is None else 1) if floor else None,
+        "to_reach": floor * (SELF_FACTOR if calib == "self" else 1) if floor else None,
     }
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     options.add_argument("--keep", type=float, action="append", help="fraction of the cache; may be repeated")
     options.add_argument("--sizes", choices=("equal", "measured"), action="append", help="equal unless given")
     options.add_argument("--recover", choices=("none", "refit"), action="append")
-    options.add_argument("--calib", choices=("text", "self"), action="append")
+    options.add_argument("--calib", choices=("text", "self", "both"), action="append")
     arguments = options.parse_args()
     with folder_of(arguments) as folder:
         half = first_half(arguments.text, folder)
@@ -74,7 +74,7 @@ def main() -> None:
             )
             for keep, sizes, recover in kinds:
                 outs.append(folder / f"{calib}-{keep:g}-{sizes}-{recover}")
-                make = partial(convert, arguments, keep, sizes, recover, half if calib == "text" else None)
+                make = partial(convert, arguments, keep, sizes, recover, calib, half)
                 rows.append(kept_row(arguments, outs[-1], make))
         print(document("mla_quality", arguments, judged(arguments, rows, outs)))
 

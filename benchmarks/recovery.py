@@ -4,9 +4,10 @@
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --tokens 250000 --tokens 1000000 --plot recovery.html
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --only refit --passkey 2048 --long-context 8192
 
-The first half of the text calibrates and is learned from (or, with --calib self, text that the model writes), the
-second half judges, and so does other text that the original writes. Every stage is written as a model directory, loaded
-by its runtime in a fresh process and compared there with the original, which is measured in the same process.
+The first half of the text calibrates and is learned from (or, with --calib self, text that the model writes; with
+--calib both as much of each), the second half judges, and so does other text that the original writes. Every stage is
+written as a model directory, loaded by its runtime in a fresh process and compared there with the original, which is
+measured in the same process.
 Distillation goes on from the directory of the refit, with the original as `teacher`; its minutes count the refit's.
 With --passkey and --long-context also retrieval in long texts and perplexity by position. Prints JSON, and writes a
 page with the curve (--plot). A run that is cut off goes on where it was if it is started again with the same --work.
@@ -74,7 +75,7 @@ def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path | 
         model,
         pipeline,
         out,
-        calibration=calibration(arguments, text),
+        calibration=calibration(arguments, text, own=arguments.calib == "both"),
         options=RunOptions(overwrite=True, resume=True),
     )
     found = result.to_json()
@@ -160,7 +161,7 @@ def main() -> None:
     options.add_argument("--method", default="to-mla{kv-keep=0.5}", help="pipeline text of one pass with a refit")
     options.add_argument("--tokens", type=int, action="append", help="to distil; may be repeated")
     options.add_argument("--distill", default="", help="more options of distill, as in pipeline text")
-    options.add_argument("--calib", choices=("text", "self"), default="text")
+    options.add_argument("--calib", choices=("text", "self", "both"), default="text")
     options.add_argument("--passkey", type=int, action="append", help="tokens of a text to find a number in")
     options.add_argument("--long-context", type=int, help="perplexity by position in windows of so many tokens")
     options.add_argument("--long-windows", type=int, default=4, help="of --long-context")
@@ -171,7 +172,7 @@ def main() -> None:
     reach = dict(zip((0, 250_000, 1_000_000), floors, strict=False))
     rows, outs = [], []
     with folder_of(arguments) as folder:
-        text = first_half(arguments.text, folder) if arguments.calib == "text" else None
+        text = None if arguments.calib == "self" else first_half(arguments.text, folder)
         refit: dict[str, Any] = {}
         for stage in stages(arguments):
             # What is distilled goes on from the refit, which is made for that if it is not asked for.

@@ -58,8 +58,13 @@ class TestCalibrationOptions:
 
     def test_files(self) -> None:
         assert CalibrationOptions.parse(["a", "b"], 1, 2, 3).files == (Path("a"), Path("b"))
-        with pytest.raises(OptionError, match="self"):
-            CalibrationOptions.parse(["a", "self"], 1, 2, 3)
+
+    def test_files_beside_text_of_the_model(self) -> None:
+        both = CalibrationOptions.parse(["a", "self", "b"], 99, 2, 3)
+        assert both == CalibrationOptions((Path("a"), Path("b")), 99, 2, 3, own=True)
+        assert [both.of_files(99), CalibrationOptions().of_files(99)] == [66, 0]
+        assert both.writes
+        assert not CalibrationOptions((Path("a"),)).writes
 
 
 class TestDevicesAndTypes:

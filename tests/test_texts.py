@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,40 @@ def test_what_files_lack_is_written_and_all_of_it_without_files() -> None:
     assert len(alone.recovery.windows[:, 0].unique()) > 10
     assert not (alone.recovery.windows[:, None] == alone.windows[None]).all(-1).any()
     assert alone.recovery.selection is alone.selection
+
+
+def test_the_model_writes_its_share_beside_files(tmp_path: Path) -> None:
+    sizes = CalibrationOptions((tmp_path / "a", tmp_path / "b"), 24 * CONTEXT, CONTEXT, 0, own=True)
+    assert sizes.of_files(24 * CONTEXT) == 16 * CONTEXT
+    assert replace(sizes, own=False).of_files(24 * CONTEXT) == 24 * CONTEXT
+    given = of_a_file()
+    mixed = replace(author(steps := MemorySteps()), calibration=sizes).complete(given, True)
+    assert mixed is not None
+    assert mixed.source == "file.txt, self"
+    assert mixed.sha256 != given.sha256
+    assert (len(mixed.windows), len(mixed.selection)) == (7 + 7, 1 + 1)
+    assert torch.equal(mixed.windows[:7], given.windows)
+    assert torch.equal(mixed.selection[:1], given.selection)
+    assert mixed.recovery is not None
+    assert given.recovery is not None
+    # 20 are to be learned from, 1 + 7 of the file are there; it also judges as much as the file does.
+    assert mixed.recovery.written == 12
+    assert torch.equal(mixed.recovery.windows[:1], given.recovery.windows)
+    assert mixed.recovery.selection.shape == (2, CONTEXT)
+    again = replace(author(steps), calibration=sizes).complete(given, True)
+    assert again is not None
+    assert again.sha256 == mixed.sha256
+    assert again.recovery is not None
+    assert torch.equal(again.recovery.windows, mixed.recovery.windows)
+
+
+def test_the_model_learns_from_its_share_even_if_the_files_have_enough() -> None:
+    sizes = CalibrationOptions((Path("file.txt"),), 16 * CONTEXT, CONTEXT, 0, own=True)
+    enough = replace(author(MemorySteps()), learned=LearningText(8 * CONTEXT), calibration=sizes)
+    mixed = enough.complete(of_a_file(), True)
+    assert mixed is not None
+    assert mixed.recovery is not None
+    assert mixed.recovery.written == 4
 
 
 def test_longer_windows_are_written_with_others_to_judge_by() -> None:

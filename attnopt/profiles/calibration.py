@@ -51,9 +51,11 @@ class RecoveryText:
         """Tokens in a window."""
         return self.windows.shape[1]
 
-    def with_written(self, written: Tensor) -> RecoveryText:
-        """With windows [n, S] that the model wrote behind those that are there."""
-        return replace(self, windows=torch.cat([self.windows, written]), written=len(written))
+    def with_written(self, written: Tensor, held_out: int = 0) -> RecoveryText:
+        """With windows [n, S] that the model wrote behind those that are there, some of them, the last, to judge by."""
+        learned, judging = written[: len(written) - held_out], written[len(written) - held_out :]
+        windows, selection = torch.cat([self.windows, learned]), torch.cat([self.selection, judging])
+        return replace(self, windows=windows, selection=selection, written=len(learned))
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Calibration:
     Attributes:
         windows: int64 [n, context], for statistics.
         selection: int64 [m, context], disjoint from `windows`, for choosing between results.
-        source: "self", or the file names.
+        source: "self", the file names, or both.
         sha256: hash of all token ids and of how they are divided.
         seed: of the sampling.
         recovery: text to learn from; None if no pass asked for it.
@@ -94,6 +96,13 @@ def divide(ids: Tensor, source: str, seed: int) -> Calibration:
         OptionError: if there are fewer than two windows.
     """
     return _calibration(*_pools(ids), source, seed)
+
+
+def together(text: Calibration, other: Calibration) -> Calibration:
+    """The windows of both, in both pools, those of `other` behind; all else is that of `text`."""
+    windows, selection = torch.cat([text.windows, other.windows]), torch.cat([text.selection, other.selection])
+    both = _calibration(windows, selection, f"{text.source}, {other.source}", text.seed)
+    return replace(both, recovery=text.recovery)
 
 
 def _pools(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,15 @@ class TestConvert:
         verified = cli("verify", tmp_path / "out", "--text", prose, "--window", "32", "--windows", "2", "--json")
         assert verified.code == 0, verified.err
 
+    def test_text_of_a_file_and_of_the_model(self, cli: Run, tiny: Path, prose: Path, tmp_path: Path) -> None:
+        both, alone = (
+            cli(*convert_arguments(tiny, tmp_path / name, prose, *more, "--json")).document["calibration"]
+            for name, more in (("both", ("--calib", "self")), ("alone", ()))
+        )
+        assert both["source"] == f"{prose.name}, self"
+        assert both["tokens"] == alone["tokens"]
+        assert both["sha256"] != alone["sha256"]
+
 
 def document_source(out: Path) -> str:
     return json.loads((out / "attnopt.json").read_text())["run"]["model"]
@@ -175,7 +184,6 @@ REFUSED = [
     (["--to", "mla", "--calib-tokens", "0"], "calibration tokens", "--calib-tokens"),
     (["--to", "mla", "--context", "2"], "context", "--context"),
     (["--to", "mla", "--calib", "nowhere.txt"], r"nowhere\.txt", "path"),
-    (["--to", "mla", "--calib", "self", "--calib", "x.txt"], "self", "not both"),
     (["--to", "mla", "--kv-lora-rank", "64", "--qk-rope-head-dim", "8"], "cache", "--force"),
 ]
 

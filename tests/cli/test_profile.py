@@ -47,6 +47,12 @@ def test_text_the_model_writes(cli: Run, tiny: Path, tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "out").calibration["source"] == "self"
 
 
+def test_text_of_a_file_and_of_the_model(cli: Run, tiny: Path, prose: Path, tmp_path: Path) -> None:
+    outcome = cli("profile", tiny, "-o", tmp_path / "out", "--calib", prose, "--calib", "self", *TEXT, "-q")
+    assert outcome.code == 0, outcome.err
+    assert Profile.load(tmp_path / "out").calibration["source"] == f"{prose.name}, self"
+
+
 def test_encoders_read_what_python_ships(cli: Run, tmp_path: Path) -> None:
     model = models.save("bert", tmp_path / "bert", vocab_size=256)
     save_byte_tokenizer(model)
@@ -66,6 +72,9 @@ def test_pictures(cli: Run, tmp_path: Path) -> None:
     assert entries(tmp_path) - {"vit"} == {f"vit/{part}" for part in entries(model)}
     pictures = tmp_path / "pictures.npz"
     numpy.savez(pictures, images=numpy.random.default_rng(0).integers(0, 255, (5, 10, 10), dtype=numpy.uint8))
+    both = cli("profile", model, "-o", tmp_path / "out", "--calib", pictures, "--calib", "self")
+    assert both.code == 1
+    assert "writes no text" in both.err
     outcome = cli("profile", model, "-o", tmp_path / "out", "--calib", pictures, "-q")
     assert outcome.code == 0, outcome.err
     assert Profile.load(tmp_path / "out").calibration["n_prompts"] == 5
