@@ -65,6 +65,10 @@ class CalibrationOptions:
         """What files give of so many tokens."""
         return tokens * len(self.files) // (len(self.files) + int(self.writes))
 
+    def of_model(self, tokens: int) -> int:
+        """What the model writes of so many tokens."""
+        return tokens - self.of_files(tokens)
+
     @classmethod
     def parse(cls, calib: Sequence[str] | None, tokens: int, context: int, seed: int) -> CalibrationOptions:
         """From what is given to `--calib`: "self" (or nothing), files, or both."""

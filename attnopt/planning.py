@@ -91,7 +91,7 @@ def predict_memory(program: Program, plans: Sequence[Plan], calibration: Calibra
     layerwise = 4 * largest + hidden + max((plan.memory for plan in plans), default=0)
     itemsize = sampling_dtype("cpu").itemsize
     cached = min(SAMPLING_CACHE_BYTES, calibration.tokens * program.cached_numbers_per_token * itemsize)
-    sampling = 0 if not calibration.writes else program.parameters * itemsize + cached
+    sampling = program.parameters * itemsize + cached if calibration.writes else 0
     return resident_bytes() + max(layerwise, sampling)
 
 

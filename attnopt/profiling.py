@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,19 +126,16 @@ def make_prompts(
         raise UnsupportedError(f"{source.name} reads neither text nor images, so there is nothing to profile it on")
     calibration = within_positions(program, calibration)
     context, seed = calibration.context, calibration.seed
-    of_files = calibration.of_files(calibration.tokens)
-    texts = []
+    text = None
     if calibration.files:
-        texts.append(from_files(source.tokenizer(), calibration.files, of_files, context, seed))
-    if calibration.own or (calibration.writes and source.model_class.can_generate()):
-        reporter.say(f"the model writes {calibration.tokens - of_files:,} tokens to be profiled on")
-        written = self_sampled(
-            source, calibration.tokens - of_files, context, seed, device=str(device), reporter=reporter
-        )
-        texts.append(written)
-    if texts:
-        text = reduce(together, texts)
-    else:
+        of_files = calibration.of_files(calibration.tokens)
+        text = from_files(source.tokenizer(), calibration.files, of_files, context, seed)
+    if calibration.own or (text is None and source.model_class.can_generate()):
+        tokens = calibration.of_model(calibration.tokens)
+        reporter.say(f"the model writes {tokens:,} tokens to be profiled on")
+        written = self_sampled(source, tokens, context, seed, device=str(device), reporter=reporter)
+        text = written if text is None else together(text, written)
+    if text is None:
         from attnopt.evaluate.text import PYTHON_TOPICS, write_python_topics
 
         with tempfile.TemporaryDirectory(prefix="attnopt-profile-") as folder:

@@ -113,7 +113,7 @@ class Author:
             saved = WeightStore(values)
             return Calibration(saved.get("windows"), saved.get("selection"), **record)
         wanted = self.calibration
-        tokens = wanted.tokens - wanted.of_files(wanted.tokens)
+        tokens = wanted.of_model(wanted.tokens)
         self.reporter.say(f"the model writes {tokens:,} tokens of calibration text")
         text = self_sampled(self._writer, tokens, wanted.context, wanted.seed, **self._how)
         pools = {"windows": text.windows, "selection": text.selection}
@@ -127,7 +127,7 @@ class Author:
         """
         there, tokens = text.recovery, self.learned.tokens
         missing = tokens if there is None else tokens - there.windows.numel() - there.seen.numel()
-        missing = max(missing, tokens - self.calibration.of_files(tokens)) if self.calibration.own else missing
+        missing = max(missing, self.calibration.of_model(tokens)) if self.calibration.own else missing
         if missing <= 0 or (there is not None and self.learned.again):
             return text
         self.reporter.say(f"the model writes {missing:,} tokens to learn from")

@@ -71,12 +71,12 @@ def first_half(text: Path, folder: Path) -> Path:
     return path
 
 
-def calibration(arguments: argparse.Namespace, text: Path | None, own: bool = False) -> Any:
-    """Calibration options: a text, or None for what the model writes, or with `own` half of each."""
+def calibration(arguments: argparse.Namespace, text: Path, calib: str = "text") -> Any:
+    """Calibration options: "text" is the text given, "self" what the model writes, "both" half of each."""
     from attnopt.conversion import CalibrationOptions
 
-    files = () if text is None else (text,)
-    return CalibrationOptions(files, arguments.calib_tokens, arguments.context, arguments.seed, own=own)
+    given = {"text": [str(text)], "self": ["self"], "both": [str(text), "self"]}[calib]
+    return CalibrationOptions.parse(given, arguments.calib_tokens, arguments.context, arguments.seed)
 
 
 def kept_row(

@@ -40,7 +40,7 @@ def convert(
         arguments.model,
         out,
         method_options={"kv-keep": keep, "sizes": sizes, "recover": recover},
-        calibration=calibration(arguments, None if calib == "self" else text, own=calib == "both"),
+        calibration=calibration(arguments, text, calib),
         options=RunOptions(emit="deepseek_v3" if sizes == "equal" else "attnopt", overwrite=True),
     )
     (summary,) = result.details["summary"].values()

@@ -65,7 +65,7 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     return found
 
 
-def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path | None, out: Path) -> dict[str, Any]:
+def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path, out: Path) -> dict[str, Any]:
     """Write a stage; returns its row without the quality."""
     from attnopt import api
     from attnopt.conversion import RunOptions
@@ -75,7 +75,7 @@ def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path | 
         model,
         pipeline,
         out,
-        calibration=calibration(arguments, text, own=arguments.calib == "both"),
+        calibration=calibration(arguments, text, arguments.calib),
         options=RunOptions(overwrite=True, resume=True),
     )
     found = result.to_json()
@@ -172,7 +172,7 @@ def main() -> None:
     reach = dict(zip((0, 250_000, 1_000_000), floors, strict=False))
     rows, outs = [], []
     with folder_of(arguments) as folder:
-        text = None if arguments.calib == "self" else first_half(arguments.text, folder)
+        text = first_half(arguments.text, folder)
         refit: dict[str, Any] = {}
         for stage in stages(arguments):
             # What is distilled goes on from the refit, which is made for that if it is not asked for.
