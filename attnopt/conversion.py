@@ -71,10 +71,22 @@ class CalibrationOptions:
 
     @classmethod
     def parse(cls, calib: Sequence[str] | None, tokens: int, context: int, seed: int) -> CalibrationOptions:
-        """From what is given to `--calib`: "self" (or nothing), files, or both."""
+        """From what is given to `--calib`: "self" (or nothing), files, or both.
+
+        Raises:
+            OptionError: files and the model share too few tokens for two windows each.
+        """
         given = list(calib or [])
         files = tuple(Path(name) for name in given if name != "self")
-        return cls(files, tokens, context, seed, own=bool(files) and "self" in given)
+        parsed = cls(files, tokens, context, seed, own=bool(files) and "self" in given)
+        shares = parsed.of_files(tokens), parsed.of_model(tokens)
+        if parsed.own and min(shares) < 2 * context <= tokens:
+            raise OptionError(
+                f"of {tokens} calibration tokens {shares[0]} are the files' and {shares[1]} are the model's; "
+                f"each needs two windows of {context}",
+                "raise --calib-tokens, lower --context or leave out --calib self",
+            )
+        return parsed
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ class TestCalibrationOptions:
         assert both.writes
         assert not CalibrationOptions((Path("a"),)).writes
 
+    def test_too_few_tokens_to_share(self) -> None:
+        with pytest.raises(OptionError, match="31 are the files' and 32 are the model's") as error:
+            CalibrationOptions.parse(["a", "self"], 63, 16, 0)
+        assert "--calib-tokens" in error.value.hint
+        assert CalibrationOptions.parse(["a", "self"], 64, 16, 0).of_files(64) == 32
+        assert CalibrationOptions.parse(["a"], 63, 16, 0).of_files(63) == 63  # nothing to share
+
 
 class TestDevicesAndTypes:
     def test_auto(self) -> None:
