@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -71,11 +71,19 @@ def first_half(text: Path, folder: Path) -> Path:
     return path
 
 
-def calibration(arguments: argparse.Namespace, text: Path, calib: str = "text") -> Any:
-    """Calibration options: "text" is the text given, "self" what the model writes, "both" half of each."""
+def calibration(arguments: argparse.Namespace, text: Path, calib: str = "text", beside: Sequence[Path] = ()) -> Any:
+    """Calibration options: "text" is the text given, "self" what the model writes, "both" half of each.
+
+    Args:
+        arguments: of the benchmark.
+        text: the half that is not judged on.
+        calib: which text.
+        beside: more files, of which each gives as much as `text`.
+    """
     from attnopt.conversion import CalibrationOptions
 
-    given = {"text": [str(text)], "self": ["self"], "both": [str(text), "self"]}[calib]
+    files = [str(file) for file in (text, *beside)]
+    given = {"text": files, "self": ["self"], "both": [*files, "self"]}[calib]
     return CalibrationOptions.parse(given, arguments.calib_tokens, arguments.context, arguments.seed)
 
 

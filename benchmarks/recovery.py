@@ -5,9 +5,9 @@
     python benchmarks/recovery.py MODEL --text wiki.valid.txt --only refit --passkey 2048 --long-context 8192
 
 The first half of the text calibrates and is learned from (or, with --calib self, text that the model writes; with
---calib both as much of each), the second half judges, and so does other text that the original writes. Every stage is
-written as a model directory, loaded by its runtime in a fresh process and compared there with the original, which is
-measured in the same process.
+--calib both as much of each), the second half judges, and so does other text that the original writes. Distilled stages
+learn from the files of --learn-from, too, as much from each. Every stage is written as a model directory, loaded by its
+runtime in a fresh process and compared there with the original, which is measured in the same process.
 Distillation goes on from the directory of the refit, with the original as `teacher`; its minutes count the refit's.
 With --passkey and --long-context also retrieval in long texts and perplexity by position. Prints JSON, and writes a
 page with the curve (--plot). A run that is cut off goes on where it was if it is started again with the same --work.
@@ -65,7 +65,7 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     return found
 
 
-def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path, out: Path) -> dict[str, Any]:
+def make(arguments: argparse.Namespace, model: str, stage: Stage, text: Path, out: Path) -> dict[str, Any]:
     """Write a stage; returns its row without the quality."""
     from attnopt import api
     from attnopt.conversion import RunOptions
@@ -73,9 +73,9 @@ def make(arguments: argparse.Namespace, model: str, pipeline: str, text: Path, o
     began, busy = time.perf_counter(), time.process_time()
     result = api.run_pipeline(
         model,
-        pipeline,
+        stage.pipeline,
         out,
-        calibration=calibration(arguments, text, arguments.calib),
+        calibration=calibration(arguments, text, arguments.calib, arguments.learn_from if stage.goes_on else ()),
         options=RunOptions(overwrite=True, resume=True),
     )
     found = result.to_json()
@@ -162,6 +162,9 @@ def main() -> None:
     options.add_argument("--tokens", type=int, action="append", help="to distil; may be repeated")
     options.add_argument("--distill", default="", help="more options of distill, as in pipeline text")
     options.add_argument("--calib", choices=("text", "self", "both"), default="text")
+    options.add_argument(
+        "--learn-from", type=Path, action="append", default=[], help="more files to distil on; repeatable"
+    )
     options.add_argument("--passkey", type=int, action="append", help="tokens of a text to find a number in")
     options.add_argument("--long-context", type=int, help="perplexity by position in windows of so many tokens")
     options.add_argument("--long-windows", type=int, default=4, help="of --long-context")
@@ -180,8 +183,10 @@ def main() -> None:
                 continue
             out = folder / stage.name
             model = str(folder / "refit") if stage.goes_on else arguments.model
-            make_it = partial(make, arguments, model, stage.pipeline, text)
-            row = kept_row(arguments, out, make_it, pipeline=stage.pipeline, calib=arguments.calib)
+            make_it = partial(make, arguments, model, stage, text)
+            files = [str(file) for file in arguments.learn_from] if stage.goes_on else []
+            beside = {"learn_from": files} if files else {}
+            row = kept_row(arguments, out, make_it, pipeline=stage.pipeline, calib=arguments.calib, **beside)
             if stage.name == "refit":
                 refit = row
             if stage.goes_on:
