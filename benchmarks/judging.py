@@ -78,13 +78,13 @@ def calibration(arguments: argparse.Namespace, text: Path, calib: str = "text", 
         arguments: of the benchmark.
         text: the half that is not judged on.
         calib: which text.
-        beside: more files, of which each gives as much as `text`.
+        beside: more files, of which each gives as much as any other text.
     """
     from attnopt.conversion import CalibrationOptions
 
-    files = [str(file) for file in (text, *beside)]
-    given = {"text": files, "self": ["self"], "both": [*files, "self"]}[calib]
-    return CalibrationOptions.parse(given, arguments.calib_tokens, arguments.context, arguments.seed)
+    given = {"text": [text], "self": ["self"], "both": [text, "self"]}[calib]
+    texts = [str(each) for each in (*given, *beside)]
+    return CalibrationOptions.parse(texts, arguments.calib_tokens, arguments.context, arguments.seed)
 
 
 def kept_row(

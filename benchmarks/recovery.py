@@ -65,7 +65,9 @@ def stages(arguments: argparse.Namespace) -> list[Stage]:
     return found
 
 
-def make(arguments: argparse.Namespace, model: str, stage: Stage, text: Path, out: Path) -> dict[str, Any]:
+def make(
+    arguments: argparse.Namespace, model: str, pipeline: str, text: Path, beside: list[Path], out: Path
+) -> dict[str, Any]:
     """Write a stage; returns its row without the quality."""
     from attnopt import api
     from attnopt.conversion import RunOptions
@@ -73,9 +75,9 @@ def make(arguments: argparse.Namespace, model: str, stage: Stage, text: Path, ou
     began, busy = time.perf_counter(), time.process_time()
     result = api.run_pipeline(
         model,
-        stage.pipeline,
+        pipeline,
         out,
-        calibration=calibration(arguments, text, arguments.calib, arguments.learn_from if stage.goes_on else ()),
+        calibration=calibration(arguments, text, arguments.calib, beside),
         options=RunOptions(overwrite=True, resume=True),
     )
     found = result.to_json()
@@ -183,10 +185,12 @@ def main() -> None:
                 continue
             out = folder / stage.name
             model = str(folder / "refit") if stage.goes_on else arguments.model
-            make_it = partial(make, arguments, model, stage, text)
-            files = [str(file) for file in arguments.learn_from] if stage.goes_on else []
-            beside = {"learn_from": files} if files else {}
-            row = kept_row(arguments, out, make_it, pipeline=stage.pipeline, calib=arguments.calib, **beside)
+            beside = arguments.learn_from if stage.goes_on else []
+            make_it = partial(make, arguments, model, stage.pipeline, text, beside)
+            settings = {"pipeline": stage.pipeline, "calib": arguments.calib}
+            if beside:
+                settings["learn_from"] = [str(file) for file in beside]
+            row = kept_row(arguments, out, make_it, **settings)
             if stage.name == "refit":
                 refit = row
             if stage.goes_on:

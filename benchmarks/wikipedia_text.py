@@ -35,17 +35,15 @@ def runs(text: str) -> set[tuple[str, ...]]:
 def prose(article: str) -> str:
     """Paragraphs and headings of an article whose markup is out, but for headings and quotes of emphasis."""
     lines: list[str] = []
+    section: list[str] = []  # the heading of a section whose prose is still to come
     for line in article.splitlines():
         line = " ".join(re.sub(r"'{2,}", "", line).split())
         heading = re.fullmatch(r"(=+) *(.*?) *\1", line)
         if heading:
-            if lines and lines[-1].startswith("= "):  # a section without prose
-                lines.pop()
-            lines.append(f"= {heading[2]} =")
+            section = [f"= {heading[2]} ="]
         elif len(line) >= SHORTEST_LINE and line[0] not in "*#:;|!{":
-            lines.append(line)
-    if lines and lines[-1].startswith("= "):
-        lines.pop()
+            lines += [*section, line]
+            section = []
     return "\n".join(lines)
 
 
