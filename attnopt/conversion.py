@@ -71,22 +71,24 @@ class CalibrationOptions:
 
     @classmethod
     def parse(cls, calib: Sequence[str] | None, tokens: int, context: int, seed: int) -> CalibrationOptions:
-        """From what is given to `--calib`: "self" (or nothing), files, or both.
+        """From what is given to `--calib`: "self" (or nothing), files, or both."""
+        given = list(calib or [])
+        files = tuple(Path(name) for name in given if name != "self")
+        return cls(files, tokens, context, seed, own=bool(files) and "self" in given)
+
+    def check_shares(self) -> None:
+        """Refuse to share too little, once `context` is what the model reads.
 
         Raises:
             OptionError: files and the model share too few tokens for two windows each.
         """
-        given = list(calib or [])
-        files = tuple(Path(name) for name in given if name != "self")
-        parsed = cls(files, tokens, context, seed, own=bool(files) and "self" in given)
-        shares = parsed.of_files(tokens), parsed.of_model(tokens)
-        if parsed.own and min(shares) < 2 * context <= tokens:
+        shares = self.of_files(self.tokens), self.of_model(self.tokens)
+        if self.own and min(shares) < 2 * self.context:
             raise OptionError(
-                f"of {tokens} calibration tokens {shares[0]} are the files' and {shares[1]} are the model's; "
-                f"each needs two windows of {context}",
+                f"of {self.tokens} calibration tokens {shares[0]} are the files' and {shares[1]} are the model's; "
+                f"each needs two windows of {self.context}",
                 "raise --calib-tokens, lower --context or leave out --calib self",
             )
-        return parsed
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def make_prompts(
     if "input_ids" not in program.inputs:
         raise UnsupportedError(f"{source.name} reads neither text nor images, so there is nothing to profile it on")
     calibration = within_positions(program, calibration)
+    calibration.check_shares()
     context, seed = calibration.context, calibration.seed
     text = None
     if calibration.files:

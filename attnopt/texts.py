@@ -40,6 +40,7 @@ def from_files(source: ModelSource, calibration: CalibrationOptions, learned: Le
     """
     from attnopt.profiles.calibration import from_files
 
+    calibration.check_shares()
     return from_files(
         source.tokenizer(), calibration.files, calibration.of_files(calibration.tokens), calibration.context,
         calibration.seed, calibration.of_files(learned.tokens), _window(learned, source, _author(source, learned)),

@@ -68,8 +68,12 @@ class TestCalibrationOptions:
 
     def test_too_few_tokens_to_share(self) -> None:
         with pytest.raises(OptionError, match="31 are the files' and 32 are the model's") as error:
-            CalibrationOptions.parse(["a", "self"], 63, 16, 0)
+            CalibrationOptions.parse(["a", "self"], 63, 16, 0).check_shares()
         assert "--calib-tokens" in error.value.hint
+        with pytest.raises(OptionError, match="10 are the files'"):
+            CalibrationOptions.parse(["a", "self"], 20, 16, 0).check_shares()
+        for enough in (CalibrationOptions.parse(["a", "self"], 64, 16, 0), CalibrationOptions.parse(["a"], 63, 16, 0)):
+            enough.check_shares()
         assert CalibrationOptions.parse(["a", "self"], 64, 16, 0).of_files(64) == 32
         assert CalibrationOptions.parse(["a"], 63, 16, 0).of_files(63) == 63  # nothing to share
 

@@ -184,6 +184,11 @@ REFUSED = [
     (["--to", "mla", "--calib-tokens", "0"], "calibration tokens", "--calib-tokens"),
     (["--to", "mla", "--context", "2"], "context", "--context"),
     (["--to", "mla", "--calib", "nowhere.txt"], r"nowhere\.txt", "path"),
+    (
+        ["--to", "mla", "--calib", __file__, "--calib", "self", "--calib-tokens", "60"],
+        "30 are the files'",
+        "--calib self",
+    ),
     (["--to", "mla", "--kv-lora-rank", "64", "--qk-rope-head-dim", "8"], "cache", "--force"),
 ]
 
